@@ -1,0 +1,10 @@
+# Baseline-1.7B: SmolLM-1.7B with its vocabulary expanded by the speech units, nothing else. Stage 2 alone, 16 billion tokens.
+base = "train_2b.py"
+input_adapter_layers = 0
+output_adapter_layers = 0
+layer_pooling = "last"
+residual = False
+beta = 0.0
+stages = dict(
+    stage2=dict(steps=15_259, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
+)

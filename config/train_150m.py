@@ -1,0 +1,22 @@
+# SmolTolk-150M: SmolLM-135M that hears and speaks. 16 billion tokens: 1000 + 14,259 steps of 1,048,576.
+#   torchrun --nproc_per_node=4 train.py config/train_150m.py
+init_from = "weights/smollm-135m"
+tokenizer = "weights/smollm-135m/tokenizer.json"
+units = "data/units"  # the mHuBERT 25 Hz, 500 unit vocabulary
+
+# Table 6. Text as SmolLM saw it; speech by size; interleaved with the Spoken Wikipedia drawn more often than its size
+text = {"data/fineweb-edu": 0.7, "data/cosmopedia-v2": 0.15, "data/python-edu": 0.08, "data/finemath": 0.06}
+speech = ["data/librispeech", "data/librilight", "data/swc-speech", "data/tedlium", "data/peoples-speech",
+          "data/voxpopuli", "data/stinystories"]
+interleaved = {"data/libriheavy": 0.37, "data/stinystories": 0.53, "data/swc": 0.1}
+val_text = ["data/fineweb-edu-val"]
+val_speech = ["data/librispeech-dev"]
+val_interleaved = ["data/stinystories-val"]
+
+stages = dict(
+    stage1=dict(steps=1000, mixture=dict(interleaved=1), train="new", speech_learning_rate=10 * 3e-4,
+                warmup=100, decay=0.2),
+    stage2=dict(steps=14_259, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
+)
+micro_batch = 16
+compile = True

@@ -1,0 +1,30 @@
+# The embedded default: spoken stories made on this machine, a backbone trained on their text, then SmolTolk on top.
+demo = "data/demo"
+tokenizer = "data/demo/tokenizer.json"
+units = "data/demo/units"
+text = ["data/demo/text"]
+speech = ["data/demo/paired"]
+interleaved = ["data/demo/paired"]
+val_text = ["data/demo/val"]
+val_speech = ["data/demo/val"]
+val_interleaved = ["data/demo/val"]
+cloze = "data/demo/cloze"
+
+hidden_size = 128
+intermediate_size = 352
+num_hidden_layers = 4
+num_attention_heads = 4
+num_key_value_heads = 4
+sequence_length = 256
+batch_tokens = 12 * 256
+micro_batch = 12
+beta = 0.05
+
+# A text LM has to be there first: `text` stands in for the pre-training of SmolLM
+stages = dict(
+    text=dict(steps=200, mixture=dict(text=1), train="text", learning_rate=3e-3, warmup=20, decay=0.2),
+    stage1=dict(steps=450, mixture=dict(interleaved=1), train="new", speech_learning_rate=3e-3, warmup=30, decay=0.2),
+    stage2=dict(steps=900, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=1.5e-3, decay=0.3),
+)
+eval_interval = 200
+checkpoint_interval = 400

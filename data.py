@@ -1,0 +1,495 @@
+"""
+From arrays on disk to batches: the text tokenizer, the data sets, the mixture and the interleaving of text and speech.
+
+A data set is a folder of plain .npy arrays, memory-mapped, and one meta.json. There are three kinds:
+
+    text     text.npy    uint16 [n]      token ids of all documents one after the other, each ended by the text EOS
+    speech   speech.npy  uint16 [m]      speech units 0..n_units-1, each document ended by the speech EOS = n_units
+    paired   both of these, and two offset tables that cut the two streams into the same words:
+             text_words.npy    int64 [w+1]   word i is written as text[text_words[i]:text_words[i+1]], never empty,
+             speech_words.npy  int64 [w+1]   and spoken as speech[speech_words[i]:speech_words[i+1]], perhaps empty.
+             A document's EOS is its last word, in both streams, so any span of words is one slice in either modality.
+    all      documents.npy     int64 [d+1]   where documents start, in tokens (in words for paired sets); last = the end
+
+meta.json says {format, kind, source, documents, words, text: {tokens, vocab_size, eos, tokenizer}, speech: {tokens,
+n_units, rate, vocabulary}}; `tokenizer` and `vocabulary` are hashes: a model is only ever fed ids made with its own.
+A paired set also serves as a text or a speech set, by one of its streams. A folder of such folders is one sharded set.
+
+In a batch all symbols share one id space: text ids, then units, then the speech EOS, then the switch token.
+
+    python data.py FOLDER       checks a data set whole and prints what it holds
+"""
+import hashlib
+import json
+import os
+import queue
+import shutil
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+FORMAT = 1
+STREAMS = {"text": ("text",), "speech": ("speech",), "paired": ("text", "speech")}
+FULL_CHECK = 1 << 26  # arrays up to this long are checked whole when opened (0.1 s), longer ones in samples
+
+
+class DataError(SystemExit):
+    """A data set that cannot be used: one line that names the file, the fault and the remedy. Ends a script."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the text tokenizer
+
+# How SmolLM cuts text: first every digit (Unicode numeric) alone, then the GPT-2 pattern on each stretch between. As
+# one pattern: \p{N} takes one character; and a run of whitespace, which leaves its last character to the word that
+# follows, stays whole before a digit, because there the stretch ends as a text does at its end.
+SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+# All that tokenizer.json says about cutting and merging. Other values would mean other ids than ours: refused.
+SMOLLM_FIELDS = {
+    "normalizer": [None],
+    "pre_tokenizer.type": ["Sequence"],
+    "pre_tokenizer.pretokenizers.0.type": ["Digits"],
+    "pre_tokenizer.pretokenizers.0.individual_digits": [True],
+    "pre_tokenizer.pretokenizers.1.type": ["ByteLevel"],
+    "pre_tokenizer.pretokenizers.1.add_prefix_space": [False],
+    "pre_tokenizer.pretokenizers.1.use_regex": [True, None],  # None: the file does not say, which means True
+    "pre_tokenizer.pretokenizers.2": [None],
+    "model.type": ["BPE"],
+    "model.dropout": [None],
+    "model.unk_token": [None],
+    "model.continuing_subword_prefix": [None, ""],
+    "model.end_of_word_suffix": [None, ""],
+    "model.byte_fallback": [False, None],
+}
+
+
+def byte_alphabet():
+    """{character: byte}: the printable character that stands for each byte in a GPT-2 style vocabulary."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}
+
+
+def read_smollm_tokenizer(path):
+    """(vocabulary {bytes: id}, specials {name: id}) of a SmolLM-style tokenizer.json; DataError for any other kind."""
+    def check(fine, field, fault, remedy="take the tokenizer.json of a SmolLM model"):
+        if not fine:
+            raise DataError(f"{path}: {field} {fault}; {remedy}")
+
+    try:
+        spec = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable tokenizer.json ({error}); copy it from the model again") from None
+    for field, allowed in SMOLLM_FIELDS.items():
+        value = spec
+        for key in field.split("."):
+            try:
+                value = value[int(key) if key.isdigit() else key]
+            except (KeyError, IndexError, TypeError):
+                value = None
+        check(value in allowed, field, f"is {value!r}, but SmolLM's is {allowed[0]!r}")
+    specials = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    check("<|endoftext|>" in specials, "added_tokens", "has no <|endoftext|>, the end of a document", "add it")
+    vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in specials}
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in spec["model"]["merges"]]
+    # tiktoken knows no merges: it joins the two neighbours whose union has the lowest id. That is the same if each
+    # longer token is made by exactly one merge and the ids go up in the order of the merges, as training leaves them.
+    made = ["".join(pair) for pair in merges]
+    order = sorted((token for token in vocab if len(token) > 1), key=vocab.get)
+    check(made == order, "model.merges", "does not make the tokens of model.vocab one by one in the order of ids")
+    alphabet = byte_alphabet()
+    check(alphabet.keys() >= set("".join(vocab)), "model.vocab", "holds characters that stand for no byte")
+    return {bytes(alphabet[c] for c in token): i for token, i in vocab.items()}, specials
+
+
+class Tokenizer:
+    """The byte-level BPE of a SmolLM-style `tokenizer.json`: ids as HF tokenizers gives them, at tiktoken's speed.
+
+    vocab_size    number of ids, special tokens among them
+    eos           id of <|endoftext|>
+    hash          16 hex digits over all that determines ids
+
+    Text is only text: a special token's name inside it is encoded as its letters, never as the special token. SmolLM's
+    vocabulary lacks 21 single bytes (six control characters, and bytes that no assigned character has): they are left
+    out, as HF does, and a warning says so. Limits: 13 digits are newer than tiktoken's Unicode tables (U+11DE0-9,
+    U+16FF4-6) and count as symbols; a million whitespace characters in a row before a word overflow tiktoken.
+    DataError (one line) if the file is of another kind.
+    """
+
+    def __init__(self, path):
+        vocab, specials = read_smollm_tokenizer(path)
+        self.vocab_size = 1 + max(*vocab.values(), *specials.values())
+        self.eos = specials["<|endoftext|>"]
+        rules = [SMOLLM_PATTERN, sorted((i, token.hex()) for token, i in vocab.items()), sorted(specials.items())]
+        self.hash = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
+        self._bytes = {i: token for token, i in vocab.items()} | {i: name.encode() for name, i in specials.items()}
+        # tiktoken panics on a byte that has no id, so the missing ones borrow ids past the end; encode drops these
+        borrowed = {bytes([byte]): self.vocab_size + byte for byte in range(256) if bytes([byte]) not in vocab}
+        self._bpe = tiktoken.Encoding("smollm", pat_str=SMOLLM_PATTERN, mergeable_ranks=vocab | borrowed,
+                                      special_tokens={})
+
+    def encode(self, text):
+        """Ids of a text: str -> list[int]. No EOS is added."""
+        ids = self._bpe.encode_ordinary(text)
+        if max(ids, default=0) < self.vocab_size:
+            return ids
+        for byte in sorted({i - self.vocab_size for i in ids if i >= self.vocab_size}):
+            warnings.warn(f"byte 0x{byte:02X} is not in the vocabulary of the text tokenizer: dropped", stacklevel=2)
+        return [i for i in ids if i < self.vocab_size]
+
+    def encode_words(self, words):
+        """Ids of each word of a document: list[str] -> list[list[int]], one after the other the ids of " ".join(words).
+
+        Every word but the first carries the space before it. Words are as str.split() gives them: ValueError if not.
+        """
+        for word in words:
+            if word.split() != [word]:
+                raise ValueError(f"{word!r} is not one word: split the text at whitespace, as str.split() does")
+        return [self.encode(" " + word if i else word) for i, word in enumerate(words)]
+
+    def decode_bytes(self, ids):
+        """The bytes that ids (integers of any kind) stand for; special tokens by name. KeyError: no such id."""
+        return b"".join(self._bytes[int(i)] for i in ids)
+
+    def decode(self, ids):
+        """The text of ids; bytes that are no UTF-8, as at the cut edges of a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data sets on disk
+
+def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
+    """Write one data set atomically: the folder appears whole, or not at all.
+
+    documents   an iterable: of 1-D id sequences for kind text and speech, for kind paired of (text_words,
+                speech_words), two equally long lists with the ids of each word. EOS is added here, as the last word.
+    tokenizer   has .vocab_size, .eos and .hash; needed where there is text
+    units       dict(n_units, rate in Hz, hash); needed where there is speech
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; remove it or write elsewhere")
+    streams = STREAMS[kind]
+    eos = {"text": tokenizer.eos if tokenizer else None, "speech": units["n_units"] if units else None}
+    tokens, words, starts = {s: [] for s in streams}, {s: [[0]] for s in streams}, [0]
+    for document in documents:
+        if kind == "paired":
+            assert len(document[0]) == len(document[1]), "a paired document needs as many spoken words as written ones"
+            for s, its_words in zip(streams, document):
+                its_words = [*its_words, [eos[s]]]
+                tokens[s].append(np.concatenate([np.asarray(w, np.uint16) for w in its_words]))
+                words[s].append([len(w) for w in its_words])
+            starts.append(starts[-1] + len(document[0]) + 1)
+        else:
+            tokens[kind].append(np.append(np.asarray(document, np.uint16), np.uint16(eos[kind])))
+            starts.append(starts[-1] + len(tokens[kind][-1]))
+    if len(starts) == 1:
+        raise DataError(f"{folder}: not one document to write")
+
+    arrays = {s: np.concatenate(tokens[s]) for s in streams}
+    arrays["documents"] = np.array(starts, np.int64)
+    meta = dict(format=FORMAT, kind=kind, source=source, documents=len(starts) - 1)
+    if kind == "paired":
+        arrays |= {f"{s}_words": np.cumsum(np.concatenate(words[s]), dtype=np.int64) for s in streams}
+        meta["words"] = starts[-1]
+    if "text" in streams:
+        meta["text"] = dict(tokens=len(arrays["text"]), vocab_size=tokenizer.vocab_size, eos=tokenizer.eos,
+                            tokenizer=tokenizer.hash)
+    if "speech" in streams:
+        meta["speech"] = dict(tokens=len(arrays["speech"]), n_units=units["n_units"], rate=units["rate"],
+                              vocabulary=units["hash"])
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(temporary / f"{name}.npy", array)
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+    os.replace(temporary, folder)
+    return meta
+
+
+class DataSet(NamedTuple):
+    """One opened folder (one shard). Arrays are memory maps; a stream that the kind lacks is None."""
+    folder: Path
+    meta: dict
+    documents: np.ndarray
+    text: np.ndarray | None = None
+    speech: np.ndarray | None = None
+    text_words: np.ndarray | None = None
+    speech_words: np.ndarray | None = None
+
+    def document(self, i):
+        """(text ids, units) of document i of a paired set, EOS included, and its word offsets in both, from 0."""
+        a, b = self.documents[i], self.documents[i + 1]
+        t, s = self.text_words[a:b + 1], self.speech_words[a:b + 1]
+        return self.text[t[0]:t[-1]].astype(np.int64), self.speech[s[0]:s[-1]].astype(np.int64), t - t[0], s - s[0]
+
+
+def open_set(folder, tokenizer=None, units=None, full=False):
+    """Open one data set and check it; full=True reads every element, otherwise long arrays are checked in samples.
+
+    tokenizer, units   hashes that the set must have been made with (None: any)
+    Raises DataError naming the file and the fault.
+    """
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        kind, streams = meta["kind"], STREAMS[meta["kind"]]
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no data set here (no meta.json); make one with python -m corpora.NAME") from None
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise DataError(f"{folder / 'meta.json'}: not a data set's description ({type(e).__name__}: {e})") from None
+    if meta.get("format") != FORMAT:
+        raise DataError(f"{folder / 'meta.json'}: format {meta.get('format')!r}, not {FORMAT}; make the set again")
+    for stream, key, wanted in (("text", "tokenizer", tokenizer), ("speech", "vocabulary", units)):
+        made_with = meta.get(stream, {}).get(key)
+        if stream in streams and wanted is not None and made_with != wanted:
+            raise DataError(f"{folder / 'meta.json'}: made with {stream} {key} {made_with!r}, the model has {wanted!r};"
+                            f" make the set again with the model's own")
+    arrays = {}
+    for name in ("documents", *streams, *(f"{s}_words" for s in streams if kind == "paired")):
+        path = folder / f"{name}.npy"
+        try:
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise DataError(f"{path}: cannot be read ({e})") from None
+    dataset = DataSet(folder, meta, **arrays)
+    for name, fault in _faults(dataset, full):
+        raise DataError(f"{folder / name}.npy: {fault}; make the set again")
+    return dataset
+
+
+def _faults(dataset, full):
+    """Yield (array name, what is wrong with it)."""
+    meta, streams = dataset.meta, STREAMS[dataset.meta["kind"]]
+    paired = meta["kind"] == "paired"
+    for s in streams:
+        array, said = getattr(dataset, s), meta[s]
+        limit = said["vocab_size"] if s == "text" else said["n_units"] + 1
+        if array.dtype != np.uint16 or array.ndim != 1:
+            yield s, f"is {array.dtype} with {array.ndim} dimensions, not uint16 with 1"
+        elif len(array) != said["tokens"] or len(array) == 0:
+            yield s, f"has {len(array)} elements, meta.json says {said['tokens']}"
+        elif any(part.max() >= limit for part in _parts(array, full)):
+            yield s, f"has an id of {limit} or more, outside the vocabulary"
+        elif array[-1] != (said["eos"] if s == "text" else said["n_units"]):
+            yield s, "does not end with the end of a document"
+    ends = {"documents": meta["words"] if paired else meta[streams[0]]["tokens"]}
+    ends |= {f"{s}_words": meta[s]["tokens"] for s in streams if paired}
+    for name, end in ends.items():
+        array, least = getattr(dataset, name), 0 if name == "speech_words" else 1  # a short word may own no unit
+        wanted = (meta["documents"] if name == "documents" else meta["words"]) + 1
+        if array.dtype != np.int64 or array.ndim != 1:
+            yield name, f"is {array.dtype} with {array.ndim} dimensions, not int64 with 1"
+        elif len(array) != wanted:
+            yield name, f"has {len(array)} elements, meta.json says {wanted}"
+        elif array[0] != 0 or array[-1] != end:
+            yield name, f"runs from {array[0]} to {array[-1]}, not from 0 to {end}"
+        elif any((np.diff(part) < least).any() for part in _parts(array, full)):
+            yield name, "has offsets that do not rise"
+    if paired:  # the last word of a document is its EOS, alone
+        last = dataset.documents[1:] - 1
+        for s in streams if full or len(last) <= FULL_CHECK else ():
+            eos = meta[s].get("eos", meta[s].get("n_units"))
+            offsets, tokens = getattr(dataset, f"{s}_words"), getattr(dataset, s)
+            if (tokens[offsets[last + 1] - 1] != eos).any() or (offsets[last + 1] - offsets[last] != 1).any():
+                yield f"{s}_words", "has a document whose last word is not its EOS"
+
+
+def _parts(array, full, pieces=64, size=1 << 16):
+    """The whole array if it is short or asked for, else evenly spread pieces of it."""
+    if len(array) <= FULL_CHECK:
+        return [array]
+    step = FULL_CHECK if full else max(size, (len(array) - size) // (pieces - 1))
+    return (array[i:i + (step + 1 if full else size)] for i in range(0, len(array), step))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the mixture: sequence i of a stage is always the same tokens, whatever the world size, rank, worker or restart
+
+class Source(NamedTuple):
+    """The shards that a kind of sequence is drawn from, with the cumulated share of each."""
+    shards: list
+    cumulated: np.ndarray
+
+
+def open_source(kind, sets, tokenizer=None, units=None):
+    """sets: a list of folders, drawn in proportion to their size, or a dict of folder -> weight."""
+    if not sets:
+        raise DataError(f"data.{kind}: no data set named; set --data.{kind}='[\"FOLDER\"]'")
+    weights = sets if isinstance(sets, dict) else dict.fromkeys(sets)
+    streams = {"text": ("text",), "speech": ("speech",), "interleaved": ("text", "speech")}[kind]
+    shards, shares = [], []
+    for folder, weight in weights.items():
+        folder = Path(folder)
+        inside = [] if (folder / "meta.json").exists() else sorted(p.parent for p in folder.glob("*/meta.json"))
+        opened = [open_set(f, tokenizer, units) for f in inside or [folder]]
+        for shard in opened:
+            if any(getattr(shard, s) is None for s in streams):
+                raise DataError(f"{shard.folder}: a {shard.meta['kind']} set cannot give {kind} sequences")
+        sizes = np.array([sum(len(getattr(shard, s)) for s in streams) for shard in opened], float)
+        shards += opened
+        shares += list(sizes if weight is None else weight * sizes / sizes.sum())
+    return Source(shards, np.cumsum(shares) / np.sum(shares))
+
+
+def uniform(seed, stage, index, draw):
+    """Uniform numbers in [0, 1) as a pure function of four integers (arrays broadcast): a counter-based generator.
+
+    Each integer goes through the finaliser of splitmix64 (Steele, Lea and Flood 2014), so neighbours are unrelated.
+    """
+    x = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for part in (seed, stage, index, draw):
+            x = (x ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)) * 2.0 ** -53
+
+
+def kinds_of(mixture, index):
+    """The kind of each sequence: mixture {kind: parts} as a fixed, evenly spread pattern that repeats: exact parts."""
+    spread = sorted(((j + 0.5) / parts, kind) for kind, parts in mixture.items() for j in range(parts))
+    return np.array([kind for _, kind in spread])[np.asarray(index) % len(spread)]
+
+
+def sample(sources, mixture, seed, stage, index, length, vocab, text_span=(10, 30), speech_span=(5, 15)):
+    """The sequences `index` (int array [n]) of a stage -> (int64 [n, length], number of leading text-only rows).
+
+    sources   {kind: Source}; mixture {kind: integer parts}; vocab has .vocab_size, .n_units and .switch
+    Text-only sequences come first, so that the model can skip the speech modules for these rows.
+    """
+    index = np.asarray(index)
+    kinds = kinds_of(mixture, index)
+    order = np.argsort(kinds != "text", kind="stable")
+    index, kinds = index[order], kinds[order]
+    which = uniform(seed, stage, index, 0)
+    rows = np.empty((len(index), length), np.int64)
+    for kind in mixture:
+        source = sources[kind]
+        shard = np.where(kinds == kind, np.searchsorted(source.cumulated, which, side="right"), -1)
+        for s in np.unique(shard[shard >= 0]):
+            mine = np.flatnonzero(shard == s)
+            if kind == "interleaved":
+                made = interleave(source.shards[s], seed, stage, index[mine], length, vocab, text_span, speech_span)
+            else:
+                made = windows(source.shards[s], kind, seed, stage, index[mine], length, vocab)
+            rows[mine] = made
+    return rows, int((kinds == "text").sum())
+
+
+def windows(shard, stream, seed, stage, index, length, vocab):
+    """Random windows of `length` tokens out of one stream; documents follow one another, separated by EOS."""
+    tokens = getattr(shard, stream)
+    if len(tokens) < length:
+        raise DataError(f"{shard.folder / stream}.npy: {len(tokens)} tokens, fewer than one sequence of {length};"
+                        f" use a shorter --sequence_length or more data")
+    start = (uniform(seed, stage, index, 1) * (len(tokens) - length + 1)).astype(np.int64)
+    rows = tokens[start[:, None] + np.arange(length)].astype(np.int64)  # [n, length]
+    return rows + vocab.vocab_size if stream == "speech" else rows
+
+
+def interleave(shard, seed, stage, index, length, vocab, text_span=(10, 30), speech_span=(5, 15)):
+    """Sequences that change modality at word boundaries -> int64 [n, length]. No loop over words or samples.
+
+    From a random word and a random first modality on, spans of text_span words of text and of speech_span words of
+    speech take turns (uniform lengths, ends included), across documents, and past the end from the beginning again; a
+    switch token stands between two spans.
+    """
+    n, n_words = len(index), len(shard.text_words) - 1
+    n_spans = 2 * -(-length // (text_span[0] + 2)) + 2  # a text span and two switches fill at least text_span[0] + 2
+    draws = uniform(seed, stage, np.asarray(index)[:, None], np.arange(1, n_spans + 3))  # [n, n_spans + 2]
+    start, speech_first = (draws[:, 0] * n_words).astype(np.int64), draws[:, 1] < 0.5
+    speech = (np.arange(n_spans) + speech_first[:, None]) % 2 == 1  # [n, n_spans], is it a speech span?
+    least, most = np.where(speech[..., None], speech_span, text_span).transpose(2, 0, 1)
+    words = least + (draws[:, 2:] * (most - least + 1)).astype(np.int64)  # words in each span
+
+    word = np.cumsum(np.concatenate([start[:, None], words], axis=1), axis=1)  # [n, n_spans + 1] where spans begin
+    lap, word = np.divmod(word, n_words)
+    edge = {s: offsets[word] + lap * offsets[-1] for s, offsets in
+            (("text", shard.text_words), ("speech", shard.speech_words))}
+    begin = np.where(speech, edge["speech"][:, :-1], edge["text"][:, :-1])
+    end = np.where(speech, edge["speech"][:, 1:], edge["text"][:, 1:])
+
+    has_switch = (np.arange(n_spans) > 0).astype(np.int64)  # the switch counts as the first token of its span
+    filled = np.minimum(np.cumsum(end - begin + has_switch, axis=1), length)  # [n, n_spans] tokens so far
+    size = np.diff(filled, axis=1, prepend=0).ravel()  # what of each span fits into the row
+    first = np.repeat(np.cumsum(size) - size, size)  # of each output token: where its span begins in the output
+    offset = np.arange(n * length) - first
+    source = np.repeat((begin - has_switch).ravel(), size) + offset
+    is_speech = np.repeat(speech.ravel(), size)
+    is_switch = (offset == 0) & np.repeat(np.tile(has_switch, n), size).astype(bool)
+
+    row = np.empty(n * length, np.int64)
+    text = ~is_speech
+    row[text] = shard.text[source[text] % len(shard.text)]
+    row[is_speech] = shard.speech[source[is_speech] % len(shard.speech)].astype(np.int64) + vocab.vocab_size
+    row[is_switch] = vocab.switch
+    return row.reshape(n, length)
+
+
+class Batch(NamedTuple):
+    """A micro-batch: what the model reads, what it shall predict, how many first rows hold no speech at all."""
+    ids: torch.Tensor       # [B, T] int64
+    targets: torch.Tensor   # [B, T] int64, the next ids; the model scores all but the switch token
+    text_rows: int
+    n_text: int             # scored text and speech targets
+    n_speech: int
+
+
+def make_batch(rows, text_rows, vocab, pin=False):
+    """rows int64 [B, T+1] -> Batch."""
+    targets = rows[:, 1:]
+    n_text = int((targets < vocab.vocab_size).sum())
+    n_speech = targets.size - n_text - int((targets == vocab.switch).sum())
+    tokens = torch.from_numpy(rows)
+    tokens = tokens.pin_memory() if pin else tokens
+    return Batch(tokens[:, :-1], tokens[:, 1:], text_rows, n_text, n_speech)
+
+
+def prefetch(make, items, depth=2):
+    """Yield make(item) for each item, made ahead in a thread (numpy lets go of the interpreter in its inner loops)."""
+    ready, stop = queue.Queue(depth), threading.Event()
+
+    def work():
+        try:
+            for item in items:
+                made = (make(item), None)
+                while not stop.is_set():
+                    try:
+                        ready.put(made, timeout=0.1)
+                        break
+                    except queue.Full:
+                        pass
+                if stop.is_set():
+                    return
+            ready.put((None, StopIteration()))
+        except BaseException as e:  # handed over, and raised where the batch is asked for
+            ready.put((None, e))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            made, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield made
+    finally:
+        stop.set()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("python data.py FOLDER   checks a data set whole and prints what it holds")
+    print(json.dumps(open_set(sys.argv[1], full=True).meta, indent=1))

@@ -1,0 +1,176 @@
+"""
+Scores of a checkpoint: held-out negative log-likelihood by kind of sequence, and Topic-Cloze in four settings.
+
+    python evaluate.py --checkpoint=out/train_tiny
+
+Protocol. A document starts with the EOS of its modality, as in training, and the EOS at its end is not scored. Cloze items
+are an opening, its true ending and the ending of another story; the score of an ending is its *mean* log-likelihood
+per token given the opening, and an item counts 1 if the true ending scores higher, 1/2 for a tie. Opening and ending
+are written (T) or spoken (S); one switch token stands between them where the modality changes.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from configurator import configure
+from model import from_pretrained
+
+checkpoint = "out/train_tiny"    # folder of a run (its newest checkpoint is taken) or of a model
+cloze = "data/demo/cloze"        # Topic-Cloze set; "" to skip
+val_text = ["data/demo/val"]     # data sets for the held-out NLL; [] to skip
+val_speech = ["data/demo/val"]
+val_interleaved = ["data/demo/val"]
+val_sequences = 64               # sequences per kind
+sequence_length = 256
+batch_tokens = 16384             # positions scored at a time
+device = "auto"                  # "cuda", "cpu", "mps", or the best there is
+out = ""                         # json file for the results; default: evaluation.json beside the checkpoint
+
+SETTINGS = {"T": ("text", "text"), "S": ("speech", "speech"), "T->S": ("text", "speech"), "S->T": ("speech", "text")}
+
+
+def log_likelihood(model, sequences, spans, batch_tokens=16384, progress=False):
+    """Log-likelihood of one span of each sequence given all before it.
+
+    sequences   lists of ids in the model's id space
+    spans       (a, b) per sequence, 1 <= a < b: tokens a..b-1 are scored
+    Returns (summed log-likelihoods in nats, numbers of scored tokens), float64 and int64 [n]. Padding has no effect: it
+    stands to the right of all that is scored.
+    """
+    device = next(model.parameters()).device
+    order = np.argsort([-b for _, b in spans], kind="stable")
+    total, count = np.zeros(len(spans)), np.zeros(len(spans), np.int64)
+    bar = tqdm(total=len(spans), desc="scoring", leave=False, disable=None if progress else True)
+    at = 0
+    while at < len(order):
+        rows = max(1, batch_tokens // spans[order[at]][1])
+        chosen, at = order[at:at + rows], at + rows
+        tokens = np.zeros((len(chosen), spans[chosen[0]][1]), np.int64)
+        targets = np.full_like(tokens, -1)
+        for row, i in enumerate(chosen):
+            a, b = spans[i]
+            tokens[row, :b] = sequences[i][:b]
+            targets[row, a:b] = tokens[row, a:b]
+        with torch.inference_mode():
+            logp = model(torch.from_numpy(tokens[:, :-1]).to(device), torch.from_numpy(targets[:, 1:]).to(device),
+                         want=("logp",)).logp
+        total[chosen] = logp.double().sum(1).cpu().numpy()
+        count[chosen] = (targets[:, 1:] >= 0).sum(1)
+        bar.update(len(chosen))
+    return total, count
+
+
+def cloze_sequence(context, continuation, modalities, config):
+    """(ids, span of the continuation): EOS, context, a switch token if the modality changes, continuation."""
+    eos = config.eos_token_id if modalities[0] == "text" else config.speech_eos
+    ids = [eos, *context] + [config.switch] * (modalities[0] != modalities[1])
+    return [*ids, *continuation], (len(ids), len(ids) + len(continuation))
+
+
+def topic_cloze(model, cloze_set, batch_tokens=16384):
+    """{setting: {accuracy, stderr, items}}, in percent; cloze_set: a paired set whose documents come in threes."""
+    if cloze_set.meta["documents"] % 3:
+        raise data.DataError(f"{cloze_set.folder}: {cloze_set.meta['documents']} documents; a cloze set has them in threes")
+    config = model.config
+    documents = []
+    for i in range(cloze_set.meta["documents"]):
+        text, speech, _, _ = cloze_set.document(i)
+        documents.append({"text": text[:-1], "speech": speech[:-1] + config.vocab_size})  # EOS stripped
+    results = {}
+    for name, (before, after) in SETTINGS.items():
+        pairs = [cloze_sequence(documents[i][before], documents[i + j][after], (before, after), config)
+                 for i in range(0, len(documents), 3) for j in (1, 2)]
+        total, count = log_likelihood(model, *zip(*pairs, strict=True), batch_tokens)
+        score = (total / count).reshape(-1, 2)
+        right = (np.sign(score[:, 0] - score[:, 1]) + 1) / 2
+        results[name] = dict(accuracy=100 * right.mean(), stderr=100 * right.std() / len(right) ** 0.5, items=len(right))
+    return results
+
+
+def heldout_nll(model, sources, seed, n_sequences, length, batch_tokens=16384, rank=0, world_size=1):
+    """{kind: summed (text nll, speech nll, text targets, speech targets)} over n_sequences held-out sequences of a kind.
+
+    Sequences are shared among ranks, so the sums of all ranks add up to the same total. float64 [4] each.
+    """
+    device, sums = next(model.parameters()).device, {}
+    for kind, source in sources.items():
+        sums[kind] = np.zeros(4)
+        mine = np.arange(rank, n_sequences, world_size)
+        for part in np.array_split(mine, max(1, -(-len(mine) * length // batch_tokens))):
+            if len(part) == 0:
+                continue
+            rows, text_rows = data.sample({kind: source}, {kind: 1}, seed, VALIDATION, part, length + 1, model.config)
+            batch = data.make_batch(rows, text_rows, model.config)
+            with torch.inference_mode():
+                out = model(batch.ids.to(device), batch.targets.to(device), text_rows)
+            sums[kind] += [float(out.text_nll), float(out.speech_nll), out.n_text, out.n_speech]
+    return sums
+
+
+VALIDATION = 1 << 32  # the stage number under which validation sequences are drawn
+
+
+def nll_table(sums):
+    """{kind: {text: nats per token, speech: nats per unit}} from heldout_nll's sums."""
+    return {kind: {name: float(s[i] / s[i + 2]) for i, name in enumerate(("text", "speech")) if s[i + 2]}
+            for kind, s in sums.items()}
+
+
+def as_text(results):
+    """The results as a small table for the terminal."""
+    lines = []
+    if results.get("nll"):
+        lines += ["held-out NLL         text, nats/token   speech, nats/unit"]
+        for kind, nll in results["nll"].items():
+            lines.append(f"  {kind:12}" + "".join(f"{nll[m]:20.3f}" if m in nll else " " * 20 for m in ("text", "speech")))
+    if results.get("topic_cloze"):
+        cells = results["topic_cloze"]
+        lines += [f"Topic-Cloze, % of {next(iter(cells.values()))['items']} items" + "".join(f"{s:>14}" for s in cells)]
+        lines += [" " * (len(lines[-1]) - 14 * len(cells)) +
+                  "".join(f"{c['accuracy']:7.1f} ± {c['stderr']:<4.1f}" for c in cells.values())]
+    return "\n".join(lines)
+
+
+def newest_checkpoint(folder):
+    """The newest complete checkpoint of a run, or the folder itself if it holds a model."""
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    found = sorted(folder.glob("checkpoint-*[0-9]"))
+    if not found:
+        raise SystemExit(f"{folder}: no checkpoint here; give --checkpoint=FOLDER of a run or of a model")
+    return found[-1]
+
+
+def pick_device(name):
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def main():
+    names = [k for k, v in globals().items() if not k.startswith("_") and isinstance(v, (str, int, float, list))
+             and not k.isupper()]
+    settings, _ = configure({k: globals()[k] for k in names}, sys.argv[1:])
+    folder = newest_checkpoint(settings["checkpoint"])
+    model = from_pretrained(folder).to(pick_device(settings["device"])).eval()
+    results = dict(checkpoint=str(folder), settings=settings)
+    sources = {kind: data.open_source(kind, settings[f"val_{kind}"]) for kind in ("text", "speech", "interleaved")
+               if settings[f"val_{kind}"]}
+    results["nll"] = nll_table(heldout_nll(model, sources, 0, settings["val_sequences"], settings["sequence_length"],
+                                           settings["batch_tokens"]))
+    if settings["cloze"]:
+        results["topic_cloze"] = topic_cloze(model, data.open_set(settings["cloze"]), settings["batch_tokens"])
+    print(as_text(results))
+    path = Path(settings["out"] or folder / "evaluation.json")
+    path.write_text(json.dumps(results, indent=1))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""
+SmolTolk: a Llama text decoder that also hears and speaks in discrete speech units (Cuervo et al., arXiv 2503.06211).
+
+                    text ids                     units, speech EOS                  all symbols share one id space:
+                       |                                |                           0 .. vocab_size-1       text
+                  embed_tokens                     speech_embed ----------+         + 0 .. n_units-1        units
+                       |                                |                 |         + n_units               speech EOS
+                       |                     input_adapter (each run of   |         + n_units + 1           switch
+                       |                     speech attends to itself)    |
+                       +--------> z' [B,T,d] <----------+                 |         The switch token stands at each
+                                     |                                    |         change of modality. It is embedded
+                       layers 1 .. L, then norm:                          |         by speech_embed, belongs to neither
+                       hidden states c(1) .. c(L)                         |         modality, and is never predicted.
+                         |                  |                             |
+                  text head (c(L))   layer pooling, Eqs. 3-4              |
+                  tied to            c' = sum softmax(phi) c              |
+                  embed_tokens       omega = softmax(S c')                |
+                                     sum omega c  + z (Eq. 5) <-----------+
+                                            |
+                                     output_adapter (causal over all positions)
+                                            |
+                                     speech head, tied to speech_embed
+
+Without input adapter, output adapter, pooling and residual this is the vocabulary-expansion baseline: every ablation
+of the paper's Table 2 is a switch in Config. There is one forward pass, for training, scoring, sampling and analysis.
+"""
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+try:  # only a speed-up, on CUDA: the input adapter then never computes across two runs of speech
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+LOGITS_AT_ONCE = 1 << 27  # logits held at one time when computing the loss: 0.5 GB in fp32
+
+
+@dataclass
+class Config:
+    # the text backbone, under the names of a Llama config.json; the defaults are SmolLM-135M's
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 100_000.0  # SmolLM has 10,000; SmolTolk raises it (Section 4.1)
+    initializer_range: float = 1 / 24  # standard deviation of new weights, SmolLM's own 1/sqrt(576)
+    eos_token_id: int = 0
+    # what SmolTolk adds
+    n_units: int = 500
+    input_adapter_layers: int = 2   # 0: "-In Adapter"
+    output_adapter_layers: int = 2  # 0: "-Out Adapter"
+    layer_pooling: str = "dynamic"  # "fixed": softmax(phi) only, "-Dyn. pooling"; "last": no pooling, "-Layer pooling"
+    residual: bool = True           # False: "-Residual"
+
+    @property
+    def speech_eos(self):
+        return self.vocab_size + self.n_units
+
+    @property
+    def switch(self):
+        return self.vocab_size + self.n_units + 1
+
+    def __post_init__(self):
+        if self.layer_pooling not in ("dynamic", "fixed", "last"):
+            raise ValueError(f"layer_pooling={self.layer_pooling!r}: choose 'dynamic', 'fixed' or 'last'")
+        heads = self.num_attention_heads
+        if self.hidden_size % heads or heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}"
+                             f" and be a multiple of num_key_value_heads={self.num_key_value_heads}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the Llama decoder layer, used by the backbone and by both adapters
+
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_table(config):
+    """cos and sin of every position's angles, [2, max_position_embeddings, head_dim] in fp32.
+
+    The half-split kind: dimensions i and i + head_dim/2 turn together, (a, b) -> (a cos - b sin, b cos + a sin).
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    frequency = config.rope_theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency)
+    return torch.stack([torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)])
+
+
+def rotate(x, rope):
+    """x [B, T, H, head_dim], rope [2, T, head_dim]."""
+    cos, sin = rope[:, :, None].to(x.dtype)  # [T, 1, head_dim]
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+
+
+class Runs(NamedTuple):
+    """Where the sequence falls into runs of one modality, in the form that the attention kernel at hand wants."""
+    mask: Tensor | None        # [B, 1, T, T] bool, for torch's kernels
+    bounds: Tensor | None      # [runs + 1] int32, cumulated lengths over the flattened [B*T], for flash-attn
+    longest: int = 0
+
+
+def find_runs(is_speech, flash):
+    """is_speech [B, T] bool -> Runs. Every position lies in one run, a run never crosses a row."""
+    B, T = is_speech.shape
+    starts = torch.ones_like(is_speech)
+    starts[:, 1:] = is_speech[:, 1:] != is_speech[:, :-1]
+    if flash:
+        bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=B * T).int()
+        return Runs(None, bounds, T)
+    run = starts.cumsum(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=is_speech.device).tril()
+    return Runs((run[:, None, :, None] == run[:, None, None, :]) & causal, None)
+
+
+def attend(q, k, v, runs=None):
+    """Causal attention, over the whole row or inside each run. q [B, T, H, head_dim]; k, v [B, T, H_kv, head_dim]."""
+    if runs is not None and runs.bounds is not None:
+        packed = (t.flatten(0, 1) for t in (q, k, v))  # [B*T, H, head_dim]
+        y = flash_attn_varlen_func(*packed, runs.bounds, runs.bounds, runs.longest, runs.longest, causal=True)
+        return y.view(q.shape)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, head_dim]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if runs is None else runs.mask, is_causal=runs is None,
+                                       enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, self.heads, self.kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        d_kv = d // self.heads * self.kv_heads
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, d_kv, bias=False)
+        self.v_proj = nn.Linear(d, d_kv, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x, rope, runs=None):
+        B, T, d = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, d // self.heads)
+        k = self.k_proj(x).view(B, T, self.kv_heads, d // self.heads)
+        v = self.v_proj(x).view(B, T, self.kv_heads, d // self.heads)
+        y = attend(rotate(q, rope), rotate(k, rope), v, runs)
+        return self.o_proj(y.reshape(B, T, d))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(config), RMSNorm(config)
+
+    def forward(self, x, rope, runs=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, runs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the text-speech model
+
+class Output(NamedTuple):
+    """What a forward pass gives. Sums rather than means, so that any split of a batch adds up to the same loss."""
+    text_nll: Tensor        # scalars: summed negative log-likelihood of the scored targets, in nats
+    speech_nll: Tensor
+    negative_entropy: Tensor  # sum over scored speech targets of sum_l omega ln omega (Eq. 6)
+    n_text: int             # scored targets
+    n_speech: int
+    logp: Tensor | None     # [B, T] log-likelihood of each target, 0 where none is scored
+    omega: Tensor | None    # [B - text_rows, T, L] layer weights (Eq. 3)
+    hidden: list | None     # input to the backbone, then the outputs of layers 1..L, the last one normed; [B, T, d]
+    text_logits: Tensor | None    # [B, positions, vocab_size]
+    speech_logits: Tensor | None  # [B - text_rows, positions, n_units + 1]
+
+
+def mean_loss(out, beta=0.0, n=None, n_speech=None):
+    """Eq. 2 as a mean over all scored targets, plus Eq. 6; n, n_speech: the counts of a larger batch it is part of."""
+    n = max(1, out.n_text + out.n_speech if n is None else n)
+    n_speech = max(1, out.n_speech if n_speech is None else n_speech)
+    return (out.text_nll + out.speech_nll) / n + beta * out.negative_entropy / n_speech
+
+
+class SmolTolk(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(dict(  # named like the checkpoints of transformers
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
+            norm=RMSNorm(config)))
+        self.speech_embed = nn.Embedding(config.n_units + 2, config.hidden_size)
+        self.input_adapter = nn.ModuleList(Layer(config) for _ in range(config.input_adapter_layers))
+        self.output_adapter = nn.ModuleList(Layer(config) for _ in range(config.output_adapter_layers))
+        if config.layer_pooling != "last":
+            self.phi = nn.Parameter(0.01 * torch.randn(config.num_hidden_layers))
+        if config.layer_pooling == "dynamic":
+            self.layer_selector = nn.Linear(config.hidden_size, config.num_hidden_layers)
+        self.register_buffer("rope", rotary_table(config), persistent=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, ids, targets=None, text_rows=0, want=(), logits=None):
+        """
+        ids, targets  int64 [B, T]. Targets are the next ids; negative ones and switch tokens are not scored.
+        text_rows     the first text_rows rows hold no speech, in ids and targets: the speech modules skip them
+        want          names of extras to return: "logp", "omega", "hidden"
+        logits        slice of positions to return the logits of both heads for, e.g. slice(-1, None)
+        """
+        if ids.size(1) > self.rope.size(1):
+            raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
+        rope = self.rope[:, :ids.size(1)]
+        z = self.embed(ids)                                   # [B, T, d]
+        x = self.adapt_input(z, ids, rope, text_rows)         # [B, T, d]
+        hidden = [x]
+        for layer in self.model.layers:
+            hidden.append(layer(hidden[-1], rope))
+        hidden[-1] = self.model.norm(hidden[-1])
+
+        pooled, log_omega = self.pool([h[text_rows:] for h in hidden[1:]])
+        speech = pooled + z[text_rows:] if self.config.residual else pooled  # Eq. 5
+        for layer in self.output_adapter:
+            speech = layer(speech, rope)                      # [B - text_rows, T, d]
+
+        scores = self.score(hidden[-1], speech, log_omega, targets, text_rows, "logp" in want)
+        return Output(
+            *scores,
+            omega=log_omega.exp() if "omega" in want and log_omega is not None else None,
+            hidden=hidden if "hidden" in want else None,
+            text_logits=None if logits is None else self.text_logits(hidden[-1][:, logits]),
+            speech_logits=None if logits is None else self.speech_logits(speech[:, logits]))
+
+    def embed(self, ids):
+        """Raw embeddings z: text ids from the backbone's table, units, speech EOS and switch from the new one."""
+        V = self.config.vocab_size
+        text = self.model.embed_tokens(ids.clamp(max=V - 1))
+        new = self.speech_embed((ids - V).clamp(min=0))
+        return torch.where((ids < V)[..., None], text, new)
+
+    def adapt_input(self, z, ids, rope, text_rows):
+        """The input adapter over each contiguous run of speech by itself; text and switch embeddings pass untouched."""
+        if not self.input_adapter:
+            return z
+        z_text, z, ids = z[:text_rows], z[text_rows:], ids[text_rows:]
+        is_speech = (ids >= self.config.vocab_size) & (ids != self.config.switch)
+        half = z.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(z.device.type)
+        runs = find_runs(is_speech, flash=flash_attn_varlen_func is not None and z.is_cuda and half)
+        x = z
+        for layer in self.input_adapter:
+            x = layer(x, rope, runs)
+        return torch.cat([z_text, torch.where(is_speech[..., None], x, z)])
+
+    def pool(self, layers):
+        """Layer pooling: [c(1) .. c(L)], each [B, T, d] -> the pooled representation, ln omega [B, T, L] or None."""
+        if self.config.layer_pooling == "last":
+            return layers[-1], None
+        mixed = sum(w * c for w, c in zip(self.phi.softmax(0), layers))  # c', Eq. 4
+        if self.config.layer_pooling == "fixed":
+            return mixed, None
+        log_omega = self.layer_selector(mixed).float().log_softmax(-1)
+        return sum(w * c for w, c in zip(log_omega.exp().split(1, dim=-1), layers)), log_omega  # Eq. 3
+
+    def text_logits(self, x):
+        return F.linear(x, self.model.embed_tokens.weight)
+
+    def speech_logits(self, x):
+        return F.linear(x, self.speech_embed.weight[:-1])  # units and speech EOS; the switch token is no target
+
+    def score(self, text, speech, log_omega, targets, text_rows, keep):
+        """The first six fields of Output. Each head is computed only at the positions whose target it predicts."""
+        zero = torch.zeros((), device=text.device)
+        if targets is None:
+            return zero, zero, zero, 0, 0, None
+        V = self.config.vocab_size
+        at_text = (targets >= 0) & (targets < V)
+        at_speech = ((targets >= V) & (targets != self.config.switch))[text_rows:]
+        text_targets, speech_targets = targets[at_text], targets[text_rows:][at_speech] - V
+        text_logp = log_likelihood(self.text_logits, text[at_text], text_targets, V)
+        speech_logp = log_likelihood(self.speech_logits, speech[at_speech], speech_targets, self.config.n_units + 1)
+        negative_entropy = zero
+        if log_omega is not None:
+            scored = log_omega[at_speech]
+            negative_entropy = (scored.exp() * scored).sum()
+        logp = None
+        if keep:
+            logp = text_logp.new_zeros(targets.shape).masked_scatter(at_text, text_logp)
+            logp[text_rows:] = logp[text_rows:].masked_scatter(at_speech, speech_logp)
+        return -text_logp.sum(), -speech_logp.sum(), negative_entropy, len(text_targets), len(speech_targets), logp
+
+
+def log_likelihood(head, x, targets, n_symbols):
+    """ln p(target) under softmax(head(x)) in fp32: x [N, d], targets [N] -> [N].
+
+    Logits are the largest tensors of all (N x 49152), so long inputs go in pieces, and backward makes each piece again.
+    """
+    def piece(x, targets):
+        return -F.cross_entropy(head(x).float(), targets, reduction="none")
+
+    size = max(1, LOGITS_AT_ONCE // n_symbols)
+    if len(targets) <= size:
+        return piece(x, targets)
+    pieces = zip(x.split(size), targets.split(size))
+    return torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# counting
+
+def is_new(name):
+    """Is the tensor of this name one that SmolTolk adds, rather than the text backbone's?"""
+    return not name.startswith("model.")
+
+
+def count_parameters(model):
+    """(text, speech): parameters of the backbone and of all that is added (Table 5)."""
+    sizes = [(is_new(name), p.numel()) for name, p in model.named_parameters()]
+    return sum(n for new, n in sizes if not new), sum(n for new, n in sizes if new)
+
+
+def forward_flops(config, rows, length, text_rows=0, n_text=0, n_speech=0):
+    """(backbone, added modules): floating point operations of one forward pass, a multiply-add counted as two.
+
+    Matrix products and causal attention at the positions where they are computed, and the heads at scored targets;
+    norms, softmax and pooling (under 1%) left out. Training takes three times as much, two where weights are frozen.
+    """
+    d, L = config.hidden_size, config.num_hidden_layers
+    d_kv = d // config.num_attention_heads * config.num_key_value_heads
+    layer = 2 * (2 * d * d + 2 * d * d_kv + 3 * d * config.intermediate_size) + 2 * d * (length + 1)  # each position
+    positions, speech_positions = rows * length, (rows - text_rows) * length
+    backbone = L * layer * positions + 2 * d * config.vocab_size * n_text
+    added = (config.input_adapter_layers + config.output_adapter_layers) * layer * speech_positions
+    added += 2 * d * L * speech_positions if config.layer_pooling == "dynamic" else 0
+    return backbone, added + 2 * d * (config.n_units + 1) * n_speech
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders: config.json and safetensors, in and out
+
+LLAMA = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+         "max_position_embeddings rms_norm_eps rope_theta initializer_range eos_token_id").split()
+REQUIRED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=True, rope_scaling=None)
+
+
+def read_config(folder, **overrides):
+    """config.json of a SmolLM or SmolTolk folder -> Config; overrides win. Raises ValueError naming the key."""
+    path = Path(folder) / "config.json"
+    try:
+        said = json.loads(path.read_text())
+        said = {**said, "rope_theta": said.get("rope_theta") or said["rope_parameters"]["rope_theta"]}
+        values = {key: said[key] for key in LLAMA if key != "initializer_range"} | said.get("smoltolk", {})
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; a SmolLM or SmolTolk folder is needed") from None
+    except KeyError as e:
+        raise ValueError(f"{path}: key {e} is missing, not a Llama config.json") from None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: not a Llama config.json ({e})") from None
+    for key, wanted in REQUIRED.items():
+        if said.get(key, wanted) != wanted:
+            raise ValueError(f"{path}: {key} is {said[key]!r}, only {wanted!r} is supported")
+    values["initializer_range"] = said.get("initializer_range", 0.02)
+    unknown = set(values) | set(overrides)
+    unknown -= {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"{path}: unknown model key {sorted(unknown)[0]!r}")
+    return Config(**{**values, **overrides})
+
+
+def read_tensors(folder, stem):
+    """{name: tensor} of stem.safetensors, or of the shards that stem.safetensors.index.json lists."""
+    folder = Path(folder)
+    index = folder / f"{stem}.safetensors.index.json"
+    files = [folder / f"{stem}.safetensors"]
+    if index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        for file in files:
+            if file.parent != folder:
+                raise ValueError(f"{index}: shard {file.name} lies outside the folder")
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as f:
+                tensors |= {name: f.get_tensor(name) for name in f.keys()}
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f"{file}: cannot be read ({e})") from None
+    return tensors
+
+
+def from_pretrained(folder, **overrides):
+    """A model in fp32 from a folder of SmolLM (new modules start at random) or of SmolTolk (all read, strictly).
+
+    overrides: Config fields, e.g. rope_theta=100_000, layer_pooling="fixed" (only for a SmolLM folder).
+    Raises ValueError naming the file and the missing, extra or misshaped tensor.
+    """
+    folder = Path(folder)
+    model = SmolTolk(read_config(folder, **overrides))
+    tensors = read_tensors(folder, "model")
+    has_speech = (folder / "speech.safetensors").exists()
+    if has_speech:
+        tensors |= read_tensors(folder, "speech")
+    wanted = {name: t for name, t in model.state_dict().items() if has_speech or not is_new(name)}
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        raise ValueError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'unexpected'}")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)},"
+                             f" config.json asks for {tuple(tensor.shape)}")
+    model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
+    return model
+
+
+def save_pretrained(model, folder, dtype=torch.float32):
+    """Write config.json, model.safetensors (the backbone; transformers opens it) and speech.safetensors (all added)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = dataclasses.asdict(model.config)
+    llama = dict(architectures=["LlamaForCausalLM"], model_type="llama", bos_token_id=fields["eos_token_id"],
+                 torch_dtype=str(dtype).removeprefix("torch."), **REQUIRED, **{key: fields.pop(key) for key in LLAMA})
+    (folder / "config.json").write_text(json.dumps({**llama, "smoltolk": fields}, indent=1))
+    state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
+    for stem, new in (("model", False), ("speech", True)):
+        part = {name: t for name, t in state.items() if is_new(name) == new}
+        save_file(part, folder / f"{stem}.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,542 @@
+"""
+Train a text-speech language model, stage by stage.
+
+    python train.py config/train_tiny.py                                  the embedded default, ten minutes on a laptop
+    torchrun --nproc_per_node=4 train.py config/train_150m.py             four GPUs
+    python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100 --out_dir=out/mine
+
+Settings: the values below, then the config file's, then those of --key=value. A run's folder holds config.json (all
+settings), log.jsonl (a line per logged step), checkpoint-* (model, optimizer, place in the run), and at the end
+results.json and loss.png. `--resume=true` goes on from the newest checkpoint.
+"""
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import evaluate
+import model as smoltolk
+from configurator import configure, nearest
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+out_dir = ""                # default: out/<name of the config file>
+resume = False              # go on from the newest checkpoint in out_dir
+seed = 1                    # of the new weights and of all data
+log_interval = 10           # steps
+eval_interval = 500         # steps between held-out scores
+eval_sequences = 64         # held-out sequences of each kind
+checkpoint_interval = 500   # steps
+keep_checkpoints = 2        # the newest ones stay
+wandb_project = ""          # log there too
+tensorboard = False         # and there, under out_dir
+
+# the data (data.py says what a set is); a list of folders is drawn by size, a dict of folder -> weight by weight
+demo = ""                   # folder of the embedded default, made if it isn't there (corpora/demo.py)
+tokenizer = ""              # a SmolLM-style tokenizer.json
+units = ""                  # folder of the speech units (units.json)
+text = []
+speech = []
+interleaved = []
+val_text = []
+val_speech = []
+val_interleaved = []
+cloze = ""                  # Topic-Cloze set for the final table
+text_span = [10, 30]        # words of a text span in interleaved sequences, least and most
+speech_span = [5, 15]
+sequence_length = 2048
+batch_tokens = 2**20        # tokens of one optimizer step, over all processes
+micro_batch = 8             # sequences of one forward pass
+
+# the model. init_from names a SmolLM folder: the shape of the backbone is then that folder's, not the one below
+init_from = ""
+vocab_size = 0              # 0: the tokenizer's
+hidden_size = 576
+intermediate_size = 1536
+num_hidden_layers = 30
+num_attention_heads = 9
+num_key_value_heads = 3
+rope_theta = 100_000.0
+n_units = 0                 # 0: as many as the units folder says
+input_adapter_layers = 2
+output_adapter_layers = 2
+layer_pooling = "dynamic"   # or "fixed", "last"
+residual = True
+beta = 0.0                  # weight of the layer selector's entropy, Eq. 6
+
+# the stages: one after the other, each with a fresh optimizer
+#   mixture        parts of each kind of sequence, whole numbers
+#   train          "all", "new" (what SmolTolk adds; the backbone is frozen) or "text" (the backbone alone)
+#   learning_rate  of the backbone; speech_learning_rate of what is added (0: the same)
+#   warmup         steps of linear rise; decay: last share of the steps, falling linearly to 0
+stages = dict(
+    stage1=dict(steps=1000, mixture=dict(interleaved=1), train="new", speech_learning_rate=3e-3, warmup=100, decay=0.2),
+    stage2=dict(steps=15000, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
+)
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.1          # on matrices
+grad_clip = 1.0
+
+# the machine
+device = "auto"             # "cuda", "cpu", "mps", or the best there is
+dtype = "auto"              # "bfloat16" (autocast) or "float32"; auto: bfloat16 where the hardware multiplies in it
+compile = False             # torch.compile
+# ---------------------------------------------------------------------------------------------------------------------
+DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, float, str, list, dict))
+            and not k.startswith("_")}
+STAGE = dict(steps=0, mixture={}, train="all", learning_rate=3e-4, speech_learning_rate=0.0, warmup=0, decay=0.0)
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense, FLOP/s
+
+
+class World(SimpleNamespace):
+    """Where this process stands: rank, local_rank, size, device (torch.device)."""
+
+
+def join_world(device_name):
+    """Join the processes that torchrun started, or be alone."""
+    name = evaluate.pick_device(device_name)
+    world = World(rank=int(os.environ.get("RANK", 0)), local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+                  size=int(os.environ.get("WORLD_SIZE", 1)))
+    world.device = torch.device(name, world.local_rank) if name == "cuda" else torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(world.device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    return world
+
+
+def all_sum(values, world):
+    """Sum a float64 tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def pick_dtype(name, device):
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings, data and model, all checked before the first step
+
+def check_settings(c, name, world):
+    """Complete derived values and refuse what cannot work. Returns the settings as a namespace."""
+    c = SimpleNamespace(**c)
+    c.out_dir = c.out_dir or f"out/{name}"
+    c.stages = {s: check_stage(s, stage) for s, stage in c.stages.items()}
+    sequences, rest = divmod(c.batch_tokens, c.sequence_length)
+    if rest or sequences % world.size or sequences == 0:
+        raise SystemExit(f"batch_tokens={c.batch_tokens} is not a whole number of sequences of {c.sequence_length} for"
+                         f" each of {world.size} processes; set --batch_tokens to a multiple of"
+                         f" {c.sequence_length * world.size}")
+    if c.dtype not in ("auto", "bfloat16", "float32"):
+        raise SystemExit(f"dtype={c.dtype}: choose auto, bfloat16 or float32")
+    return c
+
+
+def check_stage(name, stage):
+    for key in stage:
+        if key not in STAGE:
+            raise SystemExit(f"stages.{name}.{key}: no such setting; did you mean {nearest(key, STAGE)}?")
+    stage = {**STAGE, **stage}
+    for kind, parts in stage["mixture"].items():
+        if kind not in ("text", "speech", "interleaved") or not isinstance(parts, int) or parts < 1:
+            raise SystemExit(f"stages.{name}.mixture: {kind}={parts!r}; give text, speech, interleaved in whole parts")
+    if not stage["mixture"] or stage["train"] not in ("all", "new", "text"):
+        raise SystemExit(f"stages.{name}: needs a mixture, and train is 'all', 'new' or 'text', not {stage['train']!r}")
+    stage["speech_learning_rate"] = stage["speech_learning_rate"] or stage["learning_rate"]
+    return stage
+
+
+def open_data(c, world):
+    """(training sources, held-out sources, tokenizer, units' description); makes the demo corpus if it is asked for."""
+    if c.demo:
+        if world.rank == 0:
+            importlib.import_module("corpora.demo").make(c.demo)  # returns at once if it is there
+        if dist.is_initialized():
+            dist.barrier()
+    tokenizer = data.Tokenizer(c.tokenizer)
+    try:
+        described = json.loads((Path(c.units) / "units.json").read_text()) if c.units else {}
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{c.units}/units.json: cannot be read ({e}); set --units to the folder of the units") from None
+    kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
+    train = {k: data.open_source(k, getattr(c, k), tokenizer.hash, described.get("hash")) for k in sorted(kinds)}
+    held = {k: data.open_source(k, getattr(c, f"val_{k}"), tokenizer.hash, described.get("hash"))
+            for k in ("text", "speech", "interleaved") if getattr(c, f"val_{k}")}
+    return train, held, tokenizer, described
+
+
+def build_model(c, tokenizer, described):
+    """A fresh model: new, or on top of the SmolLM weights in init_from."""
+    torch.manual_seed(c.seed)
+    c.vocab_size = c.vocab_size or tokenizer.vocab_size
+    c.n_units = c.n_units or described.get("n_units", 0)
+    if not c.n_units:
+        raise SystemExit("n_units: not known; set --units to the folder of the speech units, or --n_units")
+    if tokenizer.vocab_size > c.vocab_size:
+        raise SystemExit(f"{c.tokenizer}: {tokenizer.vocab_size} ids, vocab_size={c.vocab_size} cannot hold them")
+    fields = {f.name for f in dataclasses.fields(smoltolk.Config)} & vars(c).keys()
+    if not c.init_from:
+        values = {k: getattr(c, k) for k in fields}
+        return smoltolk.SmolTolk(smoltolk.Config(**values, eos_token_id=tokenizer.eos, rms_norm_eps=1e-5,
+                                                 max_position_embeddings=c.sequence_length,
+                                                 initializer_range=c.hidden_size ** -0.5))
+    new = fields - set(smoltolk.LLAMA) | {"rope_theta"}
+    model = smoltolk.from_pretrained(c.init_from, **{k: getattr(c, k) for k in new})
+    if model.config.vocab_size != c.vocab_size:
+        raise SystemExit(f"{c.init_from}: vocab_size {model.config.vocab_size}, the tokenizer has {c.vocab_size}")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one stage
+
+def set_trainable(model, what):
+    for name, p in model.named_parameters():
+        p.requires_grad_(what == "all" or smoltolk.is_new(name) == (what == "new"))
+
+
+def make_optimizer(model, c, device):
+    """Fresh AdamW over what is trainable; four groups: backbone or new, matrices with weight decay or the rest without."""
+    groups = []
+    for new in (False, True):
+        for matrix in (True, False):
+            params = [p for n, p in model.named_parameters()
+                      if p.requires_grad and smoltolk.is_new(n) == new and (p.dim() >= 2) == matrix]
+            if params:
+                groups.append(dict(params=params, weight_decay=c.weight_decay if matrix else 0.0, new=new))
+    return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
+
+
+def schedule(step, stage):
+    """Share of the learning rate at a step of the stage: linear warm-up, constant, linear decay to 0 at the end."""
+    rise = (step + 1) / max(1, stage["warmup"])
+    fall = (stage["steps"] - step) / max(1.0, stage["decay"] * stage["steps"])
+    return min(1.0, rise, fall if stage["decay"] else 1.0)
+
+
+def step_batches(c, model_config, sources, stage, number, world):
+    """A function: step -> this process's micro-batches (data.Batch) of that step of stage `number`."""
+    sequences = c.batch_tokens // c.sequence_length // world.size
+
+    def make(step):
+        mine = (step * world.size + world.rank) * sequences + np.arange(sequences)  # of the same global batch always
+        batches = []
+        for index in np.array_split(mine, -(-sequences // c.micro_batch)):
+            rows, text_rows = data.sample(sources, stage["mixture"], c.seed, number, index, c.sequence_length + 1,
+                                          model_config, c.text_span, c.speech_span)
+            batches.append(data.make_batch(rows, text_rows, model_config, pin=world.device.type == "cuda"))
+        return batches
+    return make
+
+
+def train_step(model, optimizer, batches, c, world, autocast):
+    """Forward, backward and update of one step.
+
+    Returns this process's summed losses (float32 [3] on the device: text nll, speech nll, -entropy), the numbers of text
+    and speech targets over all processes (float64 [2]), and the gradient norm before clipping.
+    """
+    counts = torch.tensor([sum(b.n_text for b in batches), sum(b.n_speech for b in batches)], dtype=torch.float64)
+    counts = all_sum(counts.to(world.device), world)
+    n_text, n_speech = counts.float()  # of the whole step, so that the loss is one mean, however the step is cut up
+    sums = torch.zeros(3, device=world.device)
+    for i, batch in enumerate(batches):
+        if dist.is_initialized():
+            model.require_backward_grad_sync = i == len(batches) - 1
+        ids, targets = (t.to(world.device, non_blocking=True) for t in (batch.ids, batch.targets))
+        with autocast:
+            out = model(ids, targets, batch.text_rows)
+        loss = smoltolk.mean_loss(out, c.beta, n_text + n_speech, n_speech.clamp(min=1))
+        (loss * world.size).backward()  # DistributedDataParallel averages over processes, this makes it a sum
+        sums += torch.stack([out.text_nll, out.speech_nll, out.negative_entropy]).detach()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums, counts, norm
+
+
+def step_flops(config, batches, stage, length):
+    """FLOPs of this process's share of one step: forward and backward; frozen weights need no gradient of their own."""
+    total = 0
+    for b in batches:
+        backbone, new = smoltolk.forward_flops(config, len(b.ids), length, b.text_rows, b.n_text, b.n_speech)
+        total += backbone * (2 if stage["train"] == "new" else 3) + new * 3
+    return total
+
+
+def train_stage(name, model, place, c, world, sources, held, log):
+    """Train one stage from place["step"] on, in place; place = {stage, step, total, tokens, flops, seconds}."""
+    stage, number = c.stages[name], list(c.stages).index(name)
+    set_trainable(model, stage["train"])
+    optimizer = make_optimizer(model, c, world.device)
+    if place["step"]:
+        load_optimizer(optimizer, model, evaluate.newest_checkpoint(c.out_dir))
+    runner = torch.compile(model) if c.compile else model
+    if dist.is_initialized():
+        runner = DistributedDataParallel(runner, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+    half = pick_dtype(c.dtype, world.device) == torch.bfloat16
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
+
+    make = step_batches(c, model.config, sources, stage, number, world)
+    began, since = time.perf_counter(), SimpleNamespace(sums=0, counts=0, flops=0, steps=0)
+    for batches in data.prefetch(make, range(place["step"], stage["steps"])):
+        factor = schedule(place["step"], stage)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
+        sums, counts, norm = train_step(runner, optimizer, batches, c, world, autocast)
+        flops = step_flops(model.config, batches, stage, c.sequence_length) * world.size
+        since.sums, since.counts, since.flops = since.sums + sums, since.counts + counts, since.flops + flops
+        since.steps += 1
+        place["step"] += 1
+        place["total"] += 1
+        place["tokens"] += c.batch_tokens
+        place["flops"] += flops
+        last = place["step"] == stage["steps"]
+
+        if place["total"] % c.log_interval == 0 or last:
+            text_nll, speech_nll, negative_entropy = all_sum(since.sums.double(), world).tolist()
+            n_text, n_speech = since.counts.tolist()
+            seconds = time.perf_counter() - began
+            place["seconds"] += seconds
+            log.step(dict(
+                step=place["total"], stage=name, stage_step=place["step"], tokens=place["tokens"], flops=place["flops"],
+                seconds=round(place["seconds"], 3), grad_norm=float(norm),
+                text_nll=text_nll / n_text if n_text else None, speech_nll=speech_nll / n_speech if n_speech else None,
+                entropy=-negative_entropy / n_speech if n_speech else None,
+                learning_rate=factor * stage["learning_rate"] if stage["train"] != "new" else 0.0,
+                speech_learning_rate=factor * stage["speech_learning_rate"] if stage["train"] != "text" else 0.0,
+                tokens_per_second=since.steps * c.batch_tokens / seconds,
+                mfu=utilisation(since.flops / seconds / world.size, world.device)))
+            began, since = time.perf_counter(), SimpleNamespace(sums=0, counts=0, flops=0, steps=0)
+        if held and (place["total"] % c.eval_interval == 0 or last):
+            log.held_out(place["total"], name, held_out_nll(model, held, c, world, autocast))
+            began = time.perf_counter()
+        if place["total"] % c.checkpoint_interval == 0 or last:
+            if world.rank == 0:
+                save_checkpoint(model, optimizer, place, c)
+            began = time.perf_counter()
+
+
+def utilisation(flops_per_second, device):
+    """Share of the peak bf16 rate of a known GPU, else None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for key, peak in PEAK_BF16.items() if key in name), None)
+    return flops_per_second / peak if peak else None
+
+
+def held_out_nll(model, held, c, world, autocast):
+    """{kind: {text, speech}} mean held-out NLL in nats, over all processes."""
+    model.eval()
+    with autocast:
+        sums = evaluate.heldout_nll(model, held, c.seed, c.eval_sequences, c.sequence_length,
+                                    c.micro_batch * c.sequence_length, world.rank, world.size)
+    model.train()
+    together = torch.tensor(np.stack(list(sums.values())), device=world.device if world.device.type == "cuda" else "cpu")
+    return evaluate.nll_table(dict(zip(sums, all_sum(together, world).cpu().numpy(), strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints: a folder each, written under another name and renamed when whole
+
+def save_checkpoint(model, optimizer, place, c):
+    """checkpoint-<step>: the model's folder, tokenizer.json, optimizer.safetensors and train.json (place, settings)."""
+    folder = Path(c.out_dir) / f"checkpoint-{place['total']:08d}"
+    temporary = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    smoltolk.save_pretrained(model, temporary)
+    shutil.copy(c.tokenizer, temporary / "tokenizer.json")
+    names = {p: n for n, p in model.named_parameters()}
+    save_file({f"{names[p]}.{key}": value.contiguous() for p, state in optimizer.state.items()
+               for key, value in state.items()}, temporary / "optimizer.safetensors")
+    (temporary / "train.json").write_text(json.dumps(dict(place=place, settings=vars(c)), indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    for old in sorted(Path(c.out_dir).glob("checkpoint-*[0-9]"))[:-c.keep_checkpoints]:
+        shutil.rmtree(old)
+
+
+def load_optimizer(optimizer, model, folder):
+    saved = load_file(folder / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            optimizer.state[p] = {key: saved[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the user sees
+
+class Log:
+    """log.jsonl, a line on the terminal, a bar, and wandb or TensorBoard if asked. Silent on all ranks but the first."""
+
+    def __init__(self, c, world, place):
+        self.on, self.bar, self.out = world.rank == 0, None, []
+        if not self.on:
+            return
+        self.path, steps = Path(c.out_dir) / "log.jsonl", sum(s["steps"] for s in c.stages.values())
+        kept = [line for line in read_log(c.out_dir) if line["step"] <= place["total"]]  # resumed: later ones come again
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.bar = tqdm(total=steps, initial=place["total"], disable=None, unit="step")
+        self.steps = steps
+        if c.wandb_project:
+            wandb = importlib.import_module("wandb")
+            wandb.init(project=c.wandb_project, name=Path(c.out_dir).name, config=vars(c))
+            self.out.append(lambda line: wandb.log(flat(line), step=line["step"]))
+        if c.tensorboard:
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(c.out_dir)
+            self.out.append(lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in flat(line).items()])
+
+    def write(self, line, text):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+        for out in self.out:
+            out(line)
+        tqdm.write(text)
+
+    def step(self, line):
+        if not self.on:
+            return
+        self.bar.update(line["step"] - self.bar.n)
+        left = (self.steps - line["step"]) * line["seconds"] / line["step"]
+        losses = "  ".join(f"{k} {line[k + '_nll']:.3f}" for k in ("text", "speech") if line[k + "_nll"] is not None)
+        rates = "  ".join(f"{k} {line[k]:.1e}" for k in ("learning_rate", "speech_learning_rate") if line[k])
+        mfu = f"  mfu {100 * line['mfu']:.1f}%" if line["mfu"] else ""
+        self.write(line, f"{line['stage']} {line['stage_step']:5d}  {losses}  {rates}  "
+                         f"{line['tokens_per_second']:,.0f} tokens/s{mfu}  {left / 60:.1f} min left")
+
+    def held_out(self, step, stage, nll):
+        if self.on:
+            cells = (f"{kind}: " + " ".join(f"{m} {v:.3f}" for m, v in n.items()) for kind, n in nll.items())
+            self.write(dict(step=step, stage=stage, held_out=nll), "held out  " + "  |  ".join(cells))
+
+
+def flat(line, prefix=""):
+    """Nested numbers as one dict with names like held_out/text/speech."""
+    found = {}
+    for key, value in line.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            found[prefix + key] = value
+    return found
+
+
+def read_log(out_dir):
+    path = Path(out_dir) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def plot_loss(out_dir):
+    """loss.png from log.jsonl: training loss by kind of target and held-out NLL by kind of sequence."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    lines = read_log(out_dir)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, sharex=True)
+    colours = {"text": "#0072B2", "speech": "#D55E00"}  # Okabe and Ito's, told apart by colour-blind readers
+    for name in ("text", "speech"):
+        points = [(x["step"], x[f"{name}_nll"]) for x in lines if x.get(f"{name}_nll") is not None]
+        if points:
+            axes[0].plot(*zip(*points, strict=True), color=colours[name], label=f"{name} targets")
+    for kind, style in (("text", "o-"), ("speech", "o-"), ("interleaved", "s--")):
+        for name in ("text", "speech"):
+            points = [(x["step"], x["held_out"][kind][name]) for x in lines
+                      if name in x.get("held_out", {}).get(kind, {})]
+            if points:
+                axes[1].plot(*zip(*points, strict=True), style, color=colours[name], markersize=4,
+                             label=f"{name} in {kind} sequences" if kind == "interleaved" else f"{name} only")
+    ends = [b["step"] for a, b in zip(lines, lines[1:], strict=False) if a["stage"] != b["stage"]]
+    for axis, title in zip(axes, ("training", "held out"), strict=True):
+        for end in ends:
+            axis.axvline(end, color="0.8", linewidth=1, zorder=0)
+        axis.set(title=title, xlabel="optimizer step (grey: a new stage begins)", ylabel="NLL, nats per target")
+        axis.yaxis.set_tick_params(labelleft=True)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(Path(out_dir) / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def begin(c, world, tokenizer, described):
+    """(model, place): a fresh run, or the newest checkpoint's. A run that is already there is never overwritten."""
+    there = sorted(Path(c.out_dir).glob("checkpoint-*[0-9]"))
+    if there and not c.resume:
+        raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
+    model = build_model(c, tokenizer, described)
+    place = dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
+    if there:
+        saved = json.loads((there[-1] / "train.json").read_text())
+        model, place = smoltolk.from_pretrained(there[-1]), saved["place"]
+    return model.to(world.device), place
+
+
+def main(argv):
+    settings, name = configure(DEFAULTS, argv)
+    world = join_world(settings["device"])
+    started = time.perf_counter()
+    c = check_settings(settings, name, world)
+    train, held, tokenizer, described = open_data(c, world)
+    model, place = begin(c, world, tokenizer, described)
+    if world.rank == 0:
+        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+        (Path(c.out_dir) / "config.json").write_text(json.dumps(vars(c), indent=1))
+        text_size, new_size = smoltolk.count_parameters(model)
+        print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"
+              f" {world.device.type} in {str(pick_dtype(c.dtype, world.device)).removeprefix('torch.')}")
+    log = Log(c, world, place)
+    for number, stage in list(enumerate(c.stages))[place["stage"]:]:
+        if place["stage"] != number:
+            place |= dict(stage=number, step=0)
+        train_stage(stage, model, place, c, world, train, held, log)
+    if log.bar:
+        log.bar.close()
+    if world.rank == 0:
+        finish(c, model, held, place, world, started)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def finish(c, model, held, place, world, started):
+    """The final table: results.json, and on the terminal; the loss curve."""
+    results = dict(config=Path(c.out_dir).name, seed=c.seed, steps=place["total"], tokens=place["tokens"],
+                   flops=place["flops"], training_seconds=place["seconds"])
+    model.eval()
+    if held:
+        sums = evaluate.heldout_nll(model, held, c.seed, 4 * c.eval_sequences, c.sequence_length)
+        results["nll"] = evaluate.nll_table(sums)
+    if c.cloze:
+        results["topic_cloze"] = evaluate.topic_cloze(model, data.open_set(c.cloze))
+    results["seconds"] = time.perf_counter() - started
+    (Path(c.out_dir) / "results.json").write_text(json.dumps(results, indent=1))
+    plot_loss(c.out_dir)
+    print(evaluate.as_text(results))
+    print(f"{results['seconds'] / 60:.1f} minutes; {c.out_dir}/results.json, loss.png, log.jsonl")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
