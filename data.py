@@ -324,7 +324,7 @@ class Source(NamedTuple):
 def open_source(kind, sets, tokenizer=None, units=None):
     """sets: a list of folders, drawn in proportion to their size, or a dict of folder -> weight."""
     if not sets:
-        raise DataError(f"data.{kind}: no data set named; set --data.{kind}='[\"FOLDER\"]'")
+        raise DataError(f"{kind}: no data set named; set --{kind}='[\"FOLDER\"]'")
     weights = sets if isinstance(sets, dict) else dict.fromkeys(sets)
     streams = {"text": ("text",), "speech": ("speech",), "interleaved": ("text", "speech")}[kind]
     shards, shares = [], []

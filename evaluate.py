@@ -3,8 +3,8 @@ Scores of a checkpoint: held-out negative log-likelihood by kind of sequence, an
 
     python evaluate.py --checkpoint=out/train_tiny
 
-Protocol. A document starts with the EOS of its modality, as in training, and the EOS at its end is not scored. Cloze items
-are an opening, its true ending and the ending of another story; the score of an ending is its *mean* log-likelihood
+Protocol. A document starts with the EOS of its modality, as in training, and the EOS at its end is not scored. A cloze
+item is an opening, its true ending and the ending of another story; the score of an ending is its *mean* log-likelihood
 per token given the opening, and an item counts 1 if the true ending scores higher, 1/2 for a tie. Opening and ending
 are written (T) or spoken (S); one switch token stands between them where the modality changes.
 """
@@ -25,12 +25,15 @@ cloze = "data/demo/cloze"        # Topic-Cloze set; "" to skip
 val_text = ["data/demo/val"]     # data sets for the held-out NLL; [] to skip
 val_speech = ["data/demo/val"]
 val_interleaved = ["data/demo/val"]
-val_sequences = 64               # sequences per kind
+val_sequences = 256              # sequences of each kind
+seed = 1                         # of the choice of these sequences
 sequence_length = 256
 batch_tokens = 16384             # positions scored at a time
 device = "auto"                  # "cuda", "cpu", "mps", or the best there is
 out = ""                         # json file for the results; default: evaluation.json beside the checkpoint
 
+DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, str, list)) and not k.startswith("_")}
+VALIDATION = 1 << 32  # the stage number under which held-out sequences are drawn
 SETTINGS = {"T": ("text", "text"), "S": ("speech", "speech"), "T->S": ("text", "speech"), "S->T": ("speech", "text")}
 
 
@@ -38,7 +41,7 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress=False):
     """Log-likelihood of one span of each sequence given all before it.
 
     sequences   lists of ids in the model's id space
-    spans       (a, b) per sequence, 1 <= a < b: tokens a..b-1 are scored
+    spans       (a, b) per sequence, 1 <= a < b: tokens a..b-1 are scored, switch tokens aside
     Returns (summed log-likelihoods in nats, numbers of scored tokens), float64 and int64 [n]. Padding has no effect: it
     stands to the right of all that is scored.
     """
@@ -60,7 +63,7 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress=False):
             logp = model(torch.from_numpy(tokens[:, :-1]).to(device), torch.from_numpy(targets[:, 1:]).to(device),
                          want=("logp",)).logp
         total[chosen] = logp.double().sum(1).cpu().numpy()
-        count[chosen] = (targets[:, 1:] >= 0).sum(1)
+        count[chosen] = ((targets >= 0) & (targets != model.config.switch)).sum(1)
         bar.update(len(chosen))
     return total, count
 
@@ -72,28 +75,37 @@ def cloze_sequence(context, continuation, modalities, config):
     return [*ids, *continuation], (len(ids), len(ids) + len(continuation))
 
 
-def topic_cloze(model, cloze_set, batch_tokens=16384):
-    """{setting: {accuracy, stderr, items}}, in percent; cloze_set: a paired set whose documents come in threes."""
-    if cloze_set.meta["documents"] % 3:
-        raise data.DataError(f"{cloze_set.folder}: {cloze_set.meta['documents']} documents; a cloze set has them in threes")
-    config = model.config
-    documents = []
-    for i in range(cloze_set.meta["documents"]):
+def topic_cloze(model, cloze_set, batch_tokens=16384, items=None):
+    """{setting: float64 [items], 1 where the true ending scores higher, 0 where the other one does, 1/2 for a tie}.
+
+    cloze_set   a paired set whose documents come in threes: opening, true ending, another story's ending
+    items       which ones (indices), None: all
+    """
+    config, n = model.config, cloze_set.meta["documents"]
+    if n % 3:
+        raise data.DataError(f"{cloze_set.folder}: {n} documents; a cloze set has them in threes")
+    documents = {}
+    for i in (3 * item + j for item in (range(n // 3) if items is None else items) for j in range(3)):
         text, speech, _, _ = cloze_set.document(i)
-        documents.append({"text": text[:-1], "speech": speech[:-1] + config.vocab_size})  # EOS stripped
-    results = {}
+        documents[i] = {"text": text[:-1], "speech": speech[:-1] + config.vocab_size}  # EOS stripped
+    right = {}
     for name, (before, after) in SETTINGS.items():
-        pairs = [cloze_sequence(documents[i][before], documents[i + j][after], (before, after), config)
-                 for i in range(0, len(documents), 3) for j in (1, 2)]
-        total, count = log_likelihood(model, *zip(*pairs, strict=True), batch_tokens)
+        pairs = [cloze_sequence(documents[i - i % 3][before], documents[i][after], (before, after), config)
+                 for i in documents if i % 3]
+        total, count = log_likelihood(model, *zip(*pairs), batch_tokens)
         score = (total / count).reshape(-1, 2)
-        right = (np.sign(score[:, 0] - score[:, 1]) + 1) / 2
-        results[name] = dict(accuracy=100 * right.mean(), stderr=100 * right.std() / len(right) ** 0.5, items=len(right))
-    return results
+        right[name] = (np.sign(score[:, 0] - score[:, 1]) + 1) / 2
+    return right
+
+
+def cloze_table(right):
+    """{setting: {accuracy and its standard error in percent, items}} from topic_cloze's answers."""
+    return {name: dict(accuracy=100 * r.mean(), stderr=100 * r.std() / len(r) ** 0.5, items=len(r))
+            for name, r in right.items()}
 
 
 def heldout_nll(model, sources, seed, n_sequences, length, batch_tokens=16384, rank=0, world_size=1):
-    """{kind: summed (text nll, speech nll, text targets, speech targets)} over n_sequences held-out sequences of a kind.
+    """{kind: summed (text nll, speech nll, text targets, speech targets)} over n_sequences held-out sequences each.
 
     Sequences are shared among ranks, so the sums of all ranks add up to the same total. float64 [4] each.
     """
@@ -112,9 +124,6 @@ def heldout_nll(model, sources, seed, n_sequences, length, batch_tokens=16384, r
     return sums
 
 
-VALIDATION = 1 << 32  # the stage number under which validation sequences are drawn
-
-
 def nll_table(sums):
     """{kind: {text: nats per token, speech: nats per unit}} from heldout_nll's sums."""
     return {kind: {name: float(s[i] / s[i + 2]) for i, name in enumerate(("text", "speech")) if s[i + 2]}
@@ -127,7 +136,8 @@ def as_text(results):
     if results.get("nll"):
         lines += ["held-out NLL         text, nats/token   speech, nats/unit"]
         for kind, nll in results["nll"].items():
-            lines.append(f"  {kind:12}" + "".join(f"{nll[m]:20.3f}" if m in nll else " " * 20 for m in ("text", "speech")))
+            cells = (f"{nll[m]:20.3f}" if m in nll else " " * 20 for m in ("text", "speech"))
+            lines.append(f"  {kind:12}" + "".join(cells))
     if results.get("topic_cloze"):
         cells = results["topic_cloze"]
         lines += [f"Topic-Cloze, % of {next(iter(cells.values()))['items']} items" + "".join(f"{s:>14}" for s in cells)]
@@ -139,7 +149,7 @@ def as_text(results):
 def newest_checkpoint(folder):
     """The newest complete checkpoint of a run, or the folder itself if it holds a model."""
     folder = Path(folder)
-    if (folder / "config.json").exists():
+    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
         return folder
     found = sorted(folder.glob("checkpoint-*[0-9]"))
     if not found:
@@ -153,19 +163,18 @@ def pick_device(name):
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def main():
-    names = [k for k, v in globals().items() if not k.startswith("_") and isinstance(v, (str, int, float, list))
-             and not k.isupper()]
-    settings, _ = configure({k: globals()[k] for k in names}, sys.argv[1:])
+def main(argv):
+    settings, _ = configure(DEFAULTS, argv)
     folder = newest_checkpoint(settings["checkpoint"])
     model = from_pretrained(folder).to(pick_device(settings["device"])).eval()
     results = dict(checkpoint=str(folder), settings=settings)
     sources = {kind: data.open_source(kind, settings[f"val_{kind}"]) for kind in ("text", "speech", "interleaved")
                if settings[f"val_{kind}"]}
-    results["nll"] = nll_table(heldout_nll(model, sources, 0, settings["val_sequences"], settings["sequence_length"],
-                                           settings["batch_tokens"]))
+    results["nll"] = nll_table(heldout_nll(model, sources, settings["seed"], settings["val_sequences"],
+                                           settings["sequence_length"], settings["batch_tokens"]))
     if settings["cloze"]:
-        results["topic_cloze"] = topic_cloze(model, data.open_set(settings["cloze"]), settings["batch_tokens"])
+        right = topic_cloze(model, data.open_set(settings["cloze"]), settings["batch_tokens"])
+        results["topic_cloze"] = cloze_table(right)
     print(as_text(results))
     path = Path(settings["out"] or folder / "evaluation.json")
     path.write_text(json.dumps(results, indent=1))
@@ -173,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

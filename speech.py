@@ -275,7 +275,7 @@ def save_mel_units(folder, codebook):
     os.makedirs(folder, exist_ok=True)
     np.save(os.path.join(folder, "centroids.npy"), codebook.centroids)
     about = dict(kind="mel", n_units=len(codebook.centroids), rate=UNIT_RATE, sample_rate=SAMPLE_RATE,
-                 penalty=codebook.penalty, features=PARAMETERS, hash=codebook.hash)  # fmt: skip
+                 penalty=codebook.penalty, features=PARAMETERS, hash=codebook.hash)
     with open(os.path.join(folder, "units.json"), "w") as file:
         json.dump(about, file, indent=1)
 

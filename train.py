@@ -5,8 +5,8 @@ Train a text-speech language model, stage by stage.
     torchrun --nproc_per_node=4 train.py config/train_150m.py             four GPUs
     python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100 --out_dir=out/mine
 
-Settings: the values below, then the config file's, then those of --key=value. A run's folder holds config.json (all
-settings), log.jsonl (a line per logged step), checkpoint-* (model, optimizer, place in the run), and at the end
+Settings: the values below, then the config file's, then those of --key=value. A run's folder holds settings.json (all
+of them), log.jsonl (a line per logged step), checkpoint-* (model, optimizer, place in the run), and at the end
 results.json and loss.png. `--resume=true` goes on from the newest checkpoint.
 """
 import dataclasses
@@ -19,6 +19,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,13 +41,14 @@ seed = 1                    # of the new weights and of all data
 log_interval = 10           # steps
 eval_interval = 500         # steps between held-out scores
 eval_sequences = 64         # held-out sequences of each kind
+eval_cloze_items = 100      # Topic-Cloze items scored along the way; the final table has them all
 checkpoint_interval = 500   # steps
 keep_checkpoints = 2        # the newest ones stay
 wandb_project = ""          # log there too
 tensorboard = False         # and there, under out_dir
 
 # the data (data.py says what a set is); a list of folders is drawn by size, a dict of folder -> weight by weight
-demo = ""                   # folder of the embedded default, made if it isn't there (corpora/demo.py)
+demo = ""                   # folder of the embedded default: made if it isn't there, and used for all not named below
 tokenizer = ""              # a SmolLM-style tokenizer.json
 units = ""                  # folder of the speech units (units.json)
 text = []
@@ -100,19 +102,24 @@ compile = False             # torch.compile
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, float, str, list, dict))
             and not k.startswith("_")}
 STAGE = dict(steps=0, mixture={}, train="all", learning_rate=3e-4, speech_learning_rate=0.0, warmup=0, decay=0.0)
+DEMO = dict(tokenizer="tokenizer.json", units="units", text="text", speech="paired", interleaved="paired",
+            val_text="val", val_speech="val", val_interleaved="val", cloze="cloze")  # what lies where in that folder
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense, FLOP/s
 
 
-class World(SimpleNamespace):
-    """Where this process stands: rank, local_rank, size, device (torch.device)."""
+class World(NamedTuple):
+    """Where this process stands among all."""
+    rank: int
+    local_rank: int  # on its machine
+    size: int
+    device: torch.device
 
 
 def join_world(device_name):
     """Join the processes that torchrun started, or be alone."""
     name = evaluate.pick_device(device_name)
-    world = World(rank=int(os.environ.get("RANK", 0)), local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-                  size=int(os.environ.get("WORLD_SIZE", 1)))
-    world.device = torch.device(name, world.local_rank) if name == "cuda" else torch.device(name)
+    rank, local_rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    world = World(rank, local_rank, size, torch.device(name, local_rank) if name == "cuda" else torch.device(name))
     if name == "cuda":
         torch.cuda.set_device(world.device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -122,10 +129,12 @@ def join_world(device_name):
 
 
 def all_sum(values, world):
-    """Sum a float64 tensor over all processes."""
+    """Sum numbers over all processes -> float64 tensor on the CPU."""
+    values = torch.as_tensor(values).cpu().double()
     if dist.is_initialized():
+        values = values.to(world.device)  # nccl only reduces there
         dist.all_reduce(values)
-    return values
+    return values.cpu()
 
 
 def pick_dtype(name, device):
@@ -144,6 +153,9 @@ def check_settings(c, name, world):
     """Complete derived values and refuse what cannot work. Returns the settings as a namespace."""
     c = SimpleNamespace(**c)
     c.out_dir = c.out_dir or f"out/{name}"
+    for key, place in DEMO.items() if c.demo else ():
+        path = f"{c.demo}/{place}"
+        setattr(c, key, getattr(c, key) or ([path] if isinstance(getattr(c, key), list) else path))
     c.stages = {s: check_stage(s, stage) for s, stage in c.stages.items()}
     sequences, rest = divmod(c.batch_tokens, c.sequence_length)
     if rest or sequences % world.size or sequences == 0:
@@ -170,7 +182,7 @@ def check_stage(name, stage):
 
 
 def open_data(c, world):
-    """(training sources, held-out sources, tokenizer, units' description); makes the demo corpus if it is asked for."""
+    """(training sources, held-out sources, tokenizer); derives vocab_size and n_units, makes the demo if asked for."""
     if c.demo:
         if world.rank == 0:
             importlib.import_module("corpora.demo").make(c.demo)  # returns at once if it is there
@@ -180,33 +192,35 @@ def open_data(c, world):
     try:
         described = json.loads((Path(c.units) / "units.json").read_text()) if c.units else {}
     except (OSError, ValueError) as e:
-        raise SystemExit(f"{c.units}/units.json: cannot be read ({e}); set --units to the folder of the units") from None
-    kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
-    train = {k: data.open_source(k, getattr(c, k), tokenizer.hash, described.get("hash")) for k in sorted(kinds)}
-    held = {k: data.open_source(k, getattr(c, f"val_{k}"), tokenizer.hash, described.get("hash"))
-            for k in ("text", "speech", "interleaved") if getattr(c, f"val_{k}")}
-    return train, held, tokenizer, described
-
-
-def build_model(c, tokenizer, described):
-    """A fresh model: new, or on top of the SmolLM weights in init_from."""
-    torch.manual_seed(c.seed)
-    c.vocab_size = c.vocab_size or tokenizer.vocab_size
-    c.n_units = c.n_units or described.get("n_units", 0)
+        raise SystemExit(f"{c.units}/units.json: cannot be read ({e}); set --units to the units' folder") from None
+    c.vocab_size, c.n_units = c.vocab_size or tokenizer.vocab_size, c.n_units or described.get("n_units", 0)
     if not c.n_units:
         raise SystemExit("n_units: not known; set --units to the folder of the speech units, or --n_units")
     if tokenizer.vocab_size > c.vocab_size:
         raise SystemExit(f"{c.tokenizer}: {tokenizer.vocab_size} ids, vocab_size={c.vocab_size} cannot hold them")
+    kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
+    train = {k: data.open_source(k, getattr(c, k), tokenizer.hash, described.get("hash")) for k in sorted(kinds)}
+    held = {k: data.open_source(k, getattr(c, f"val_{k}"), tokenizer.hash, described.get("hash"))
+            for k in ("text", "speech", "interleaved") if getattr(c, f"val_{k}")}
+    return train, held, tokenizer
+
+
+def build_model(c, tokenizer):
+    """A fresh model: new, or on top of the SmolLM weights in init_from."""
+    torch.manual_seed(c.seed)
     fields = {f.name for f in dataclasses.fields(smoltolk.Config)} & vars(c).keys()
     if not c.init_from:
-        values = {k: getattr(c, k) for k in fields}
-        return smoltolk.SmolTolk(smoltolk.Config(**values, eos_token_id=tokenizer.eos, rms_norm_eps=1e-5,
-                                                 max_position_embeddings=c.sequence_length,
+        shape = {k: getattr(c, k) for k in fields}
+        return smoltolk.SmolTolk(smoltolk.Config(**shape, eos_token_id=tokenizer.eos,
+                                                 max_position_embeddings=max(2048, c.sequence_length),
                                                  initializer_range=c.hidden_size ** -0.5))
-    new = fields - set(smoltolk.LLAMA) | {"rope_theta"}
-    model = smoltolk.from_pretrained(c.init_from, **{k: getattr(c, k) for k in new})
+    new = {k: getattr(c, k) for k in fields if k == "rope_theta" or k not in smoltolk.LLAMA}
+    model = smoltolk.from_pretrained(c.init_from, **new, eos_token_id=tokenizer.eos)
     if model.config.vocab_size != c.vocab_size:
         raise SystemExit(f"{c.init_from}: vocab_size {model.config.vocab_size}, the tokenizer has {c.vocab_size}")
+    if model.config.max_position_embeddings < c.sequence_length:
+        raise SystemExit(f"{c.init_from}: max_position_embeddings {model.config.max_position_embeddings}; set"
+                         f" --sequence_length={model.config.max_position_embeddings} or less")
     return model
 
 
@@ -219,7 +233,7 @@ def set_trainable(model, what):
 
 
 def make_optimizer(model, c, device):
-    """Fresh AdamW over what is trainable; four groups: backbone or new, matrices with weight decay or the rest without."""
+    """Fresh AdamW over what is trainable, in four groups: backbone or new; matrices, with weight decay, or the rest."""
     groups = []
     for new in (False, True):
         for matrix in (True, False):
@@ -255,12 +269,11 @@ def step_batches(c, model_config, sources, stage, number, world):
 def train_step(model, optimizer, batches, c, world, autocast):
     """Forward, backward and update of one step.
 
-    Returns this process's summed losses (float32 [3] on the device: text nll, speech nll, -entropy), the numbers of text
-    and speech targets over all processes (float64 [2]), and the gradient norm before clipping.
+    Returns this process's summed losses (float32 [3] on the device: text nll, speech nll, -entropy), the numbers of
+    text and speech targets over all processes (float64 [2]), and the gradient norm before clipping.
     """
-    counts = torch.tensor([sum(b.n_text for b in batches), sum(b.n_speech for b in batches)], dtype=torch.float64)
-    counts = all_sum(counts.to(world.device), world)
-    n_text, n_speech = counts.float()  # of the whole step, so that the loss is one mean, however the step is cut up
+    counts = all_sum([sum(b.n_text for b in batches), sum(b.n_speech for b in batches)], world)
+    n_text, n_speech = counts.tolist()  # of the whole step, so that the loss is one mean, however the step is cut up
     sums = torch.zeros(3, device=world.device)
     for i, batch in enumerate(batches):
         if dist.is_initialized():
@@ -268,7 +281,7 @@ def train_step(model, optimizer, batches, c, world, autocast):
         ids, targets = (t.to(world.device, non_blocking=True) for t in (batch.ids, batch.targets))
         with autocast:
             out = model(ids, targets, batch.text_rows)
-        loss = smoltolk.mean_loss(out, c.beta, n_text + n_speech, n_speech.clamp(min=1))
+        loss = smoltolk.mean_loss(out, c.beta, n_text + n_speech, n_speech)
         (loss * world.size).backward()  # DistributedDataParallel averages over processes, this makes it a sum
         sums += torch.stack([out.text_nll, out.speech_nll, out.negative_entropy]).detach()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
@@ -316,7 +329,7 @@ def train_stage(name, model, place, c, world, sources, held, log):
         last = place["step"] == stage["steps"]
 
         if place["total"] % c.log_interval == 0 or last:
-            text_nll, speech_nll, negative_entropy = all_sum(since.sums.double(), world).tolist()
+            text_nll, speech_nll, negative_entropy = all_sum(since.sums, world).tolist()
             n_text, n_speech = since.counts.tolist()
             seconds = time.perf_counter() - began
             place["seconds"] += seconds
@@ -330,8 +343,8 @@ def train_stage(name, model, place, c, world, sources, held, log):
                 tokens_per_second=since.steps * c.batch_tokens / seconds,
                 mfu=utilisation(since.flops / seconds / world.size, world.device)))
             began, since = time.perf_counter(), SimpleNamespace(sums=0, counts=0, flops=0, steps=0)
-        if held and (place["total"] % c.eval_interval == 0 or last):
-            log.held_out(place["total"], name, held_out_nll(model, held, c, world, autocast))
+        if place["total"] % c.eval_interval == 0 or last:
+            log.held_out(dict(step=place["total"], stage=name, **held_out(model, held, c, world, autocast)))
             began = time.perf_counter()
         if place["total"] % c.checkpoint_interval == 0 or last:
             if world.rank == 0:
@@ -346,15 +359,24 @@ def utilisation(flops_per_second, device):
     return flops_per_second / peak if peak else None
 
 
-def held_out_nll(model, held, c, world, autocast):
-    """{kind: {text, speech}} mean held-out NLL in nats, over all processes."""
+def held_out(model, held, c, world, autocast):
+    """Held-out scores, the work shared among processes: mean NLL in nats by kind, Topic-Cloze accuracy in percent."""
+    scores, batch_tokens = {}, c.micro_batch * c.sequence_length
     model.eval()
     with autocast:
-        sums = evaluate.heldout_nll(model, held, c.seed, c.eval_sequences, c.sequence_length,
-                                    c.micro_batch * c.sequence_length, world.rank, world.size)
+        if held:
+            sums = evaluate.heldout_nll(model, held, c.seed, c.eval_sequences, c.sequence_length, batch_tokens,
+                                        world.rank, world.size)
+            together = all_sum(np.stack(list(sums.values())), world)
+            scores["held_out"] = evaluate.nll_table(dict(zip(sums, together.numpy())))
+        if c.cloze and c.eval_cloze_items:
+            cloze = data.open_set(c.cloze)
+            mine = range(world.rank, min(c.eval_cloze_items, cloze.meta["documents"] // 3), world.size)
+            right = evaluate.topic_cloze(model, cloze, batch_tokens, mine)
+            counts = all_sum([[r.sum(), len(r)] for r in right.values()], world)
+            scores["cloze"] = dict(zip(right, (100 * counts[:, 0] / counts[:, 1]).tolist()))
     model.train()
-    together = torch.tensor(np.stack(list(sums.values())), device=world.device if world.device.type == "cuda" else "cpu")
-    return evaluate.nll_table(dict(zip(sums, all_sum(together, world).cpu().numpy(), strict=True)))
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,21 +403,21 @@ def load_optimizer(optimizer, model, folder):
     saved = load_file(folder / "optimizer.safetensors")
     for name, p in model.named_parameters():
         if p.requires_grad:
-            optimizer.state[p] = {key: saved[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {k: saved[f"{name}.{k}"].to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what the user sees
 
 class Log:
-    """log.jsonl, a line on the terminal, a bar, and wandb or TensorBoard if asked. Silent on all ranks but the first."""
+    """log.jsonl, lines and a bar on the terminal, wandb or TensorBoard if asked. Silent on all ranks but the first."""
 
     def __init__(self, c, world, place):
         self.on, self.bar, self.out = world.rank == 0, None, []
         if not self.on:
             return
         self.path, steps = Path(c.out_dir) / "log.jsonl", sum(s["steps"] for s in c.stages.values())
-        kept = [line for line in read_log(c.out_dir) if line["step"] <= place["total"]]  # resumed: later ones come again
+        kept = [line for line in read_log(c.out_dir) if line["step"] <= place["total"]]  # later ones come again
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.bar = tqdm(total=steps, initial=place["total"], disable=None, unit="step")
         self.steps = steps
@@ -425,10 +447,13 @@ class Log:
         self.write(line, f"{line['stage']} {line['stage_step']:5d}  {losses}  {rates}  "
                          f"{line['tokens_per_second']:,.0f} tokens/s{mfu}  {left / 60:.1f} min left")
 
-    def held_out(self, step, stage, nll):
+    def held_out(self, line):
         if self.on:
-            cells = (f"{kind}: " + " ".join(f"{m} {v:.3f}" for m, v in n.items()) for kind, n in nll.items())
-            self.write(dict(step=step, stage=stage, held_out=nll), "held out  " + "  |  ".join(cells))
+            text = "   held out"
+            for kind, nll in line.get("held_out", {}).items():
+                text += f"  {kind}: " + " ".join(f"{m} {v:.3f}" for m, v in nll.items())
+            text += "  cloze: " + " ".join(f"{k} {v:.0f}" for k, v in line["cloze"].items()) if "cloze" in line else ""
+            self.write(line, text)
 
 
 def flat(line, prefix=""):
@@ -448,49 +473,58 @@ def read_log(out_dir):
 
 
 def plot_loss(out_dir):
-    """loss.png from log.jsonl: training loss by kind of target and held-out NLL by kind of sequence."""
+    """loss.png from log.jsonl: training loss by kind of target, held-out NLL by kind of sequence, Topic-Cloze."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     lines = read_log(out_dir)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, sharex=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), sharex=True, layout="constrained")
     colours = {"text": "#0072B2", "speech": "#D55E00"}  # Okabe and Ito's, told apart by colour-blind readers
-    for name in ("text", "speech"):
-        points = [(x["step"], x[f"{name}_nll"]) for x in lines if x.get(f"{name}_nll") is not None]
+
+    def curve(axis, value, *style, **options):
+        points = [(x["step"], value(x)) for x in lines if value(x) is not None]
         if points:
-            axes[0].plot(*zip(*points, strict=True), color=colours[name], label=f"{name} targets")
-    for kind, style in (("text", "o-"), ("speech", "o-"), ("interleaved", "s--")):
-        for name in ("text", "speech"):
-            points = [(x["step"], x["held_out"][kind][name]) for x in lines
-                      if name in x.get("held_out", {}).get(kind, {})]
-            if points:
-                axes[1].plot(*zip(*points, strict=True), style, color=colours[name], markersize=4,
-                             label=f"{name} in {kind} sequences" if kind == "interleaved" else f"{name} only")
-    ends = [b["step"] for a, b in zip(lines, lines[1:], strict=False) if a["stage"] != b["stage"]]
-    for axis, title in zip(axes, ("training", "held out"), strict=True):
-        for end in ends:
-            axis.axvline(end, color="0.8", linewidth=1, zorder=0)
-        axis.set(title=title, xlabel="optimizer step (grey: a new stage begins)", ylabel="NLL, nats per target")
-        axis.yaxis.set_tick_params(labelleft=True)
-        axis.legend()
+            axis.plot(*zip(*points), *style, **options)
+
+    for name, colour in colours.items():
+        curve(axes[0], lambda x, k=f"{name}_nll": x.get(k), color=colour, label=f"{name} targets")
+        curve(axes[1], lambda x, k=name: x.get("held_out", {}).get(k, {}).get(k), "o-", color=colour, markersize=4,
+              label=f"{name} sequences")
+        curve(axes[1], lambda x, k=name: x.get("held_out", {}).get("interleaved", {}).get(k), "s--", color=colour,
+              markersize=4, label=f"{name} in interleaved sequences")
+    for (name, (_, after)), style in zip(evaluate.SETTINGS.items(), ("o-", "o-", "s--", "s--")):
+        curve(axes[2], lambda x, k=name: x.get("cloze", {}).get(k), style, color=colours[after], markersize=4,
+              label=name)
+    stages = [(b["step"], b["stage"]) for a, b in zip([{}, *lines], lines) if a.get("stage") != b["stage"]]
+    for axis, title, unit in zip(axes, ("training loss", "held-out loss", "Topic-Cloze along the way"),
+                                 ("nats per target", "nats per target", "% right (chance: 50)")):
+        for step, stage in stages:
+            axis.axvline(step, color="0.8", linewidth=1, zorder=0)
+            axis.text(step, 1, f" {stage}", color="0.4", fontsize=8, va="top", transform=axis.get_xaxis_transform())
+        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(Path(out_dir) / "loss.png", dpi=120)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(Path(out_dir) / "loss.png", dpi=110)
     plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def begin(c, world, tokenizer, described):
+def begin(c, world, tokenizer):
     """(model, place): a fresh run, or the newest checkpoint's. A run that is already there is never overwritten."""
     there = sorted(Path(c.out_dir).glob("checkpoint-*[0-9]"))
     if there and not c.resume:
         raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
-    model = build_model(c, tokenizer, described)
     place = dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
-    if there:
-        saved = json.loads((there[-1] / "train.json").read_text())
-        model, place = smoltolk.from_pretrained(there[-1]), saved["place"]
+    try:
+        if there:
+            model = smoltolk.from_pretrained(there[-1])
+            place = json.loads((there[-1] / "train.json").read_text())["place"]
+        else:
+            model = build_model(c, tokenizer)
+    except ValueError as e:  # says which file and what
+        raise SystemExit(str(e)) from None
     return model.to(world.device), place
 
 
@@ -499,11 +533,11 @@ def main(argv):
     world = join_world(settings["device"])
     started = time.perf_counter()
     c = check_settings(settings, name, world)
-    train, held, tokenizer, described = open_data(c, world)
-    model, place = begin(c, world, tokenizer, described)
+    train, held, tokenizer = open_data(c, world)
+    model, place = begin(c, world, tokenizer)
     if world.rank == 0:
         Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-        (Path(c.out_dir) / "config.json").write_text(json.dumps(vars(c), indent=1))
+        (Path(c.out_dir) / "settings.json").write_text(json.dumps(vars(c), indent=1))
         text_size, new_size = smoltolk.count_parameters(model)
         print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"
               f" {world.device.type} in {str(pick_dtype(c.dtype, world.device)).removeprefix('torch.')}")
@@ -530,7 +564,7 @@ def finish(c, model, held, place, world, started):
         sums = evaluate.heldout_nll(model, held, c.seed, 4 * c.eval_sequences, c.sequence_length)
         results["nll"] = evaluate.nll_table(sums)
     if c.cloze:
-        results["topic_cloze"] = evaluate.topic_cloze(model, data.open_set(c.cloze))
+        results["topic_cloze"] = evaluate.cloze_table(evaluate.topic_cloze(model, data.open_set(c.cloze)))
     results["seconds"] = time.perf_counter() - started
     (Path(c.out_dir) / "results.json").write_text(json.dumps(results, indent=1))
     plot_loss(c.out_dir)

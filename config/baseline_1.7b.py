@@ -1,4 +1,4 @@
-# Baseline-1.7B: SmolLM-1.7B with its vocabulary expanded by the speech units, nothing else. Stage 2 alone, 16 billion tokens.
+# Baseline-1.7B: SmolLM-1.7B with the speech units in its vocabulary, nothing else. Stage 2 alone, 16B tokens.
 base = "train_2b.py"
 input_adapter_layers = 0
 output_adapter_layers = 0

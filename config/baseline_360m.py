@@ -1,4 +1,4 @@
-# Baseline-360M: SmolLM-360M with its vocabulary expanded by the speech units, nothing else. Stage 2 alone, 16 billion tokens.
+# Baseline-360M: SmolLM-360M with the speech units in its vocabulary, nothing else. Stage 2 alone, 16B tokens.
 base = "train_400m.py"
 input_adapter_layers = 0
 output_adapter_layers = 0

@@ -1,14 +1,5 @@
 # The embedded default: spoken stories made on this machine, a backbone trained on their text, then SmolTolk on top.
 demo = "data/demo"
-tokenizer = "data/demo/tokenizer.json"
-units = "data/demo/units"
-text = ["data/demo/text"]
-speech = ["data/demo/paired"]
-interleaved = ["data/demo/paired"]
-val_text = ["data/demo/val"]
-val_speech = ["data/demo/val"]
-val_interleaved = ["data/demo/val"]
-cloze = "data/demo/cloze"
 
 hidden_size = 128
 intermediate_size = 352

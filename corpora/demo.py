@@ -48,7 +48,7 @@ NAMES = {
     "Molly": ("She", "her", "her"), "Grace": ("She", "her", "her"),
     "Tom": ("He", "him", "his"), "Oscar": ("He", "him", "his"),
     "Peter": ("He", "him", "his"), "David": ("He", "him", "his"),
-}  # fmt: skip
+}
 WHEN = ("Last week,", "Long ago,", "One morning,", "One evening,")
 
 # topic: first sentence, second sentence, (good cause, good ending), (bad cause, bad ending)
@@ -117,7 +117,7 @@ TOPICS = {
         ("HIS {magic|mighty} sword {snapped|melted}, and the horse {fled|bolted}.",
          "Hot flames {scorched|swallowed} the {armor|helmet}, and {ravens|vultures} landed on the ruins."),
     ),
-}  # fmt: skip
+}
 
 FUNCTION_WORDS = set(
     "a all an and at but by did every from he her him his in into it its near never of on onto other over she so "
@@ -245,8 +245,8 @@ def speak_all(sets, n_units, seed, workers):
         rng = random.Random(f"{seed} {name}")
         jobs[name] = [(story, rng.randrange(len(SPEAKERS))) for story in stories]
     recordings = {name: [] for name in jobs}
-    total = sum(map(len, jobs.values()))
-    with single_threaded_pool(workers) as pool, tqdm(total=total, desc="speaking", unit=" stories") as bar:
+    bar = tqdm(total=sum(map(len, jobs.values())), desc="speaking", unit=" stories", disable=None)
+    with single_threaded_pool(workers) as pool, bar:
         codebook = speech.fit_mel_units(pool.map(speak_for_fit, jobs["paired"][:FIT_ON], 8), n_units, seed)
         for name, its_jobs in jobs.items():
             its_jobs = [(*job, codebook, name == "paired" and i < EXAMPLES) for i, job in enumerate(its_jobs)]
@@ -279,7 +279,7 @@ def train_tokenizer(texts, vocab_size, path):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(path))
 
@@ -297,7 +297,7 @@ def cut_cloze(recordings, documents, seed):
     lengths = [len(recording.story.sentences[3].split()) for recording in recordings]
     for recording, length, (tokens, units) in zip(recordings, lengths, documents):
         others = [i for i, other in enumerate(recordings)
-                  if other.speaker == recording.speaker and other.story.topic != recording.story.topic]  # fmt: skip
+                  if other.speaker == recording.speaker and other.story.topic != recording.story.topic]
         if not others:  # only in very small sets
             continue
         other = rng.choice(others)
@@ -327,7 +327,7 @@ def write_sets(out, data, texts, recordings, codebook, seed):
             counts["cloze"] = dict(items=len(sets["cloze"]) // 3)
         for folder, documents in sets.items():
             data.write_set(os.path.join(out, folder), "paired", documents, tokenizer=tokenizer, units=units,
-                           source=source)  # fmt: skip
+                           source=source)
         hours = sum(recording.seconds for recording in its_recordings) / 3600
         counts[name] = dict(stories=len(its_recordings), hours=round(hours, 3))
     spoken = [len(word) for recording in recordings["paired"] for word in recording.units]
@@ -420,10 +420,11 @@ def make(out="data/demo", seed=0, text=20000, train=2000, val=100, test=500, n_u
     import data  # here, not above: it brings in torch, which the speaking processes can do without
 
     parameters = dict(seed=seed, text=text, train=train, val=val, test=test, n_units=n_units, vocab_size=vocab_size,
-                      speakers=[list(speaker) for speaker in SPEAKERS], version=VERSION)  # fmt: skip
+                      speakers=[list(speaker) for speaker in SPEAKERS], version=VERSION)
     if os.path.exists(out):
         return reuse(out, parameters)
     speech.espeak_paths()  # say at once if it is missing
+    print(f"making {out}: {train + val + test} stories are spoken and cut into units, about a minute", flush=True)
     began = time.time()
     stories = write_stories(test + val + train + text, seed)
     sets = {}

@@ -28,3 +28,14 @@ def smollm2_folder():
             shutil.rmtree(old, ignore_errors=True)
         convert.smollm2(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """A very small demo corpus: the real one's files, a few stories each."""
+    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[speech]'")
+    from corpora import demo
+
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    demo.make(str(folder), text=120, train=40, val=12, test=24, n_units=30)
+    return folder

@@ -133,7 +133,8 @@ def test_weights_of_sets(tmp_path):
     for name, token, size in (("a", 5, 900), ("b", 6, 100)):
         data.write_set(tmp_path / name, "text", [np.full(size, token)], TOKENIZER)
     index = np.arange(4000)
-    for sets, share in (([tmp_path / "a", tmp_path / "b"], 901 / 1002), ({tmp_path / "a": 0.2, tmp_path / "b": 0.6}, 0.25)):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for sets, share in (([a, b], 901 / 1002), ({a: 0.2, b: 0.6}, 0.25)):
         rows, _ = data.sample({"text": data.open_source("text", sets)}, dict(text=1), 3, 0, index, 9, VOCAB)
         assert (rows == 5).any(1).mean() == pytest.approx(share, abs=0.03)
 

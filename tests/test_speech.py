@@ -1,0 +1,153 @@
+"""speech.py and corpora/demo.py: word times, units, and what the demo corpus promises."""
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import speech
+from corpora import demo
+
+TEXT = "Once there was a little dog. It was of the king, and ran into the barn."
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[speech]'")
+    return speech.espeak(TEXT)
+
+
+def test_espeak_times_every_word(spoken):
+    waveform, words = spoken
+    assert waveform.dtype == np.float32 and 0.1 < np.abs(waveform).max() <= 1
+    assert len(words) == len(TEXT.split())  # "of the" too, which espeak-ng says as one
+    assert all(start < end for start, end in words)
+    assert all(a[1] <= b[0] + 1e-3 for a, b in zip(words, words[1:]))
+    assert words[-1][1] <= len(waveform) / speech.SAMPLE_RATE
+    pause = words[5][1], words[6][0]  # between the sentences
+    assert pause[1] - pause[0] > 0.1
+    silence = waveform[int(pause[0] * 16000) + 200:int(pause[1] * 16000) - 200]
+    assert np.abs(silence).max() < 0.02
+
+
+def test_espeak_is_a_pure_function(spoken):
+    speech.espeak("Something else before.", "en-us+m3", 210, 35)
+    waveform, words = speech.espeak(TEXT)
+    assert np.array_equal(waveform, spoken[0]) and words == spoken[1]
+
+
+def test_espeak_refuses_unknown_voices(spoken):
+    with pytest.raises(ValueError, match="no voice 'xx-nobody'"):
+        speech.espeak("Hello", "xx-nobody")
+
+
+@given(frames=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+       ends=st.lists(st.floats(0, 1.7), min_size=1, max_size=9).map(sorted))
+@settings(max_examples=300, deadline=None)
+def test_words_own_units_as_the_rule_says(frames, ends):
+    ids, frame_start = speech.collapse(frames)
+    offsets = speech.word_units(ends, frame_start, len(frames))
+    owner = [sum(frame >= int(25 * end + 1e-6) for end in ends[:-1]) for frame in range(len(frames))]
+    last_frame = [*(frame_start[1:] - 1), len(frames) - 1]  # a unit that straddles two words goes to the later one
+    assert np.repeat(np.arange(len(ends)), np.diff(offsets)).tolist() == [owner[frame] for frame in last_frame]
+    assert (offsets[0], offsets[-1]) == (0, len(ids))
+
+
+def test_collapse():
+    ids, starts = speech.collapse([5, 5, 2, 2, 2, 5])
+    assert ids.tolist() == [5, 2, 5] and starts.tolist() == [0, 2, 5]
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.floats(0, 3), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_cheapest_path_is_the_cheapest(n, k, penalty, seed):
+    from itertools import product
+    n = min(n, 6)
+    cost = np.random.default_rng(seed).random((n, k))
+
+    def total(path):
+        return sum(cost[t, s] for t, s in enumerate(path)) + penalty * sum(a != b for a, b in zip(path, path[1:]))
+    found = speech.cheapest_path(cost, penalty)
+    assert total(found) == pytest.approx(min(map(total, product(range(k), repeat=n))))
+
+
+def test_units_of_any_length(spoken):
+    waveform, _ = spoken
+    codebook = speech.fit_mel_units([speech.mel_frames(waveform)], 20, 0)
+    ids, starts = speech.mel_units(waveform, codebook)
+    assert len(ids) == len(starts) and ids.max() < 20
+    assert (np.diff(starts) > 0).all() and (np.diff(ids.astype(int)) != 0).all()
+    assert starts[-1] < len(waveform) // speech.HOP
+    louder = speech.mel_units(waveform * 0.3, codebook)[0]
+    assert np.array_equal(louder, ids)  # the level of a recording does not matter
+    for n, units in ((0, 0), (639, 0), (640, 1), (16000, 1)):
+        assert len(speech.mel_units(np.zeros(n, np.float32), codebook)[0]) == units
+
+
+def test_codebook_round_trip_and_damage(spoken, tmp_path):
+    codebook = speech.fit_mel_units([speech.mel_frames(spoken[0])], 20, 0)
+    again = speech.fit_mel_units([speech.mel_frames(spoken[0])], 20, 0)
+    assert np.array_equal(codebook.centroids, again.centroids)
+    speech.save_mel_units(tmp_path, codebook)
+    loaded = speech.load_mel_units(tmp_path)
+    assert np.array_equal(loaded.centroids, codebook.centroids) and loaded[1:] == codebook[1:]
+    np.save(tmp_path / "centroids.npy", codebook.centroids + 1)
+    with pytest.raises(ValueError, match="does not fit the hash"):
+        speech.load_mel_units(tmp_path)
+
+
+# the demo corpus
+
+def content(text):
+    return set(re.findall(r"[a-z]+", text.lower())) - demo.FUNCTION_WORDS
+
+
+def test_no_ending_is_given_away_by_a_word():
+    assert demo.check_grammar() > 100_000
+    stories = demo.write_stories(6000, 3)
+    assert len({" ".join(s.sentences) for s in stories}) == 6000
+    endings, openings = {}, {}
+    for story in stories:
+        endings.setdefault(story.topic, set()).update(content(story.sentences[3]))
+        openings.setdefault(story.topic, set()).update(content(" ".join(story.sentences[:3])))
+    for topic, words in endings.items():
+        assert not words & set().union(*openings.values())
+        assert not words & set().union(*(w for t, w in endings.items() if t != topic))
+
+
+def test_demo_sets_fit_together(demo_folder):
+    tokenizer = data.Tokenizer(demo_folder / "tokenizer.json")
+    units = json.loads((demo_folder / "units" / "units.json").read_text())
+    texts = {}
+    for name in ("paired", "val", "test", "cloze"):
+        opened = data.open_set(demo_folder / name, tokenizer.hash, units["hash"], full=True)
+        texts[name] = [tokenizer.decode(opened.document(i)[0][:-1]) for i in range(opened.meta["documents"])]
+    text = data.open_set(demo_folder / "text", tokenizer.hash, full=True)
+    texts["text"] = tokenizer.decode(text.text).split("<|endoftext|>")[:-1]
+    assert [len(texts[n]) for n in ("text", "paired", "val", "test")] == [120, 40, 12, 24]
+    everything = [t for n in ("text", "paired", "val", "test") for t in texts[n]]
+    assert len(set(everything)) == len(everything)  # no story in two sets
+    for opening, ending, other in zip(*[iter(texts["cloze"])] * 3):
+        assert opening + ending in texts["test"] and any(t.endswith(other) for t in texts["test"])
+        assert opening.count(".") == 3 and ending.count(".") == 1 and ending != other
+
+
+def test_demo_does_not_depend_on_the_workers(demo_folder, tmp_path):
+    again = tmp_path / "again"
+    demo.make(str(again), text=120, train=40, val=12, test=24, n_units=30, workers=1)
+    for path in demo_folder.rglob("*"):
+        if path.is_file() and path.suffix in (".npy", ".wav") or path.name in ("tokenizer.json", "units.json"):
+            assert (again / path.relative_to(demo_folder)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_demo_is_reused_or_refused(demo_folder, tmp_path):
+    same = dict(text=120, train=40, val=12, test=24, n_units=30)
+    assert demo.make(str(demo_folder), **same)["counts"]["paired"]["stories"] == 40
+    with pytest.raises(SystemExit, match="was made with another n_units"):
+        demo.make(str(demo_folder), **same | dict(n_units=31))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit, match="is not a finished demo"):
+        demo.make(str(tmp_path / "other"))
