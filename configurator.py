@@ -29,11 +29,12 @@ ERRORS = (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError)  
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def configure(defaults, argv):
+def configure(defaults, argv, complete=lambda settings: None):
     """(settings, name): defaults {name: bool, int, float, str, list or dict}, changed by what argv says.
 
     argv: at most one config file, relative to the current folder or else to this one, and any number of --key=value,
     which win over the file. settings: a new dict, in the order of defaults. name: the file's stem, or "default".
+    complete(settings): fills in what a file or a line may leave out of nested dicts, before and after the line's turn.
     Raises SystemExit: code 0 after --help, else one line that names the key, the place and the remedy.
     """
     settings, name = copy.deepcopy(defaults), "default"
@@ -44,11 +45,13 @@ def configure(defaults, argv):
     if len(files) > 1:
         raise SystemExit(f"{files[1]}: a second config file after {files[0]}; give one, and overrides as --key=value")
     for file in files:
-        apply_file(settings, find_config(file, [Path(), ROOT]))
+        apply_file(settings, defaults, find_config(file, [Path(), ROOT]))
         name = Path(file).stem
+    complete(settings)
     for arg in argv:
         if arg not in files:
-            apply_override(settings, arg)
+            apply_override(settings, defaults, arg)
+    complete(settings)
     return settings, name
 
 
@@ -78,17 +81,18 @@ def nearest(name, names):
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
 
 
-def apply_file(settings, path, above=()):
+def apply_file(settings, defaults, path, above=()):
     """Assign what a config file says, its base first. above: the files whose base this is, to refuse a circle."""
     if path.resolve() in above:
         raise SystemExit(f"{path}: starts from itself; take out a base = line in {' or '.join(p.name for p in above)}")
     assigned = read_file(path)
     if "base" in assigned:
-        apply_file(settings, find_config(str(assigned.pop("base")[0]), [path.parent]), (*above, path.resolve()))
+        start = find_config(str(assigned.pop("base")[0]), [path.parent])
+        apply_file(settings, defaults, start, (*above, path.resolve()))
     for key, (value, where) in assigned.items():
         if not key.startswith("_"):
             check_key(key, settings, where)
-            settings[key] = fit(value, settings[key], where)
+            settings[key] = fit(value, defaults[key], where)
 
 
 def read_file(path):
@@ -114,7 +118,7 @@ def read_file(path):
     return assigned
 
 
-def apply_override(settings, arg):
+def apply_override(settings, defaults, arg):
     """Assign what one --key=value or --key.key=value says."""
     where = "command line"
     if not arg.startswith("--") or "=" not in arg:
@@ -129,7 +133,8 @@ def apply_override(settings, arg):
             raise SystemExit(f"{where}: {arg}: {prefix[:-1]} is {inside!r}, which has nothing inside; "
                              f"write --{prefix[:-1]}=value")
     check_key(key, inside, where, prefix)
-    inside[key] = fit(from_text(text, inside[key]), inside[key], f"{where}: {arg}")
+    like = inside[key] if path else defaults[key]
+    inside[key] = fit(from_text(text, like), like, f"{where}: {arg}")
 
 
 def check_key(key, settings, where, prefix=""):

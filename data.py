@@ -262,8 +262,11 @@ def open_set(folder, tokenizer=None, units=None, full=False):
         except (OSError, ValueError, EOFError) as e:
             raise DataError(f"{path}: cannot be read ({e})") from None
     dataset = DataSet(folder, meta, **arrays)
-    for name, fault in _faults(dataset, full):
-        raise DataError(f"{folder / name}.npy: {fault}; make the set again")
+    try:
+        for name, fault in _faults(dataset, full):
+            raise DataError(f"{folder / name}.npy: {fault}; make the set again")
+    except (KeyError, TypeError) as e:
+        raise DataError(f"{folder / 'meta.json'}: not a data set's description ({type(e).__name__}: {e})") from None
     return dataset
 
 
@@ -321,8 +324,11 @@ class Source(NamedTuple):
     cumulated: np.ndarray
 
 
-def open_source(kind, sets, tokenizer=None, units=None):
-    """sets: a list of folders, drawn in proportion to their size, or a dict of folder -> weight."""
+def open_source(kind, sets, tokenizer=None, units=None, length=1):
+    """sets: a list of folders, drawn in proportion to their size, or a dict of folder -> weight.
+
+    tokenizer, units: as for open_set. length: of the sequences that will be drawn, in tokens
+    """
     if not sets:
         raise DataError(f"{kind}: no data set named; set --{kind}='[\"FOLDER\"]'")
     weights = sets if isinstance(sets, dict) else dict.fromkeys(sets)
@@ -335,9 +341,14 @@ def open_source(kind, sets, tokenizer=None, units=None):
         for shard in opened:
             if any(getattr(shard, s) is None for s in streams):
                 raise DataError(f"{shard.folder}: a {shard.meta['kind']} set cannot give {kind} sequences")
+            if len(streams) == 1 and len(getattr(shard, kind)) < length:
+                raise DataError(f"{shard.folder / kind}.npy: {len(getattr(shard, kind))} tokens, fewer than a sequence"
+                                f" of {length}; use a shorter --sequence_length or more data")
         sizes = np.array([sum(len(getattr(shard, s)) for s in streams) for shard in opened], float)
         shards += opened
         shares += list(sizes if weight is None else weight * sizes / sizes.sum())
+    if min(shares) < 0 or sum(shares) <= 0:
+        raise DataError(f"{kind}: the weights of the data sets are {list(weights.values())}; give positive ones")
     return Source(shards, np.cumsum(shares) / np.sum(shares))
 
 
@@ -390,9 +401,6 @@ def sample(sources, mixture, seed, stage, index, length, vocab, text_span=(10, 3
 def windows(shard, stream, seed, stage, index, length, vocab):
     """Random windows of `length` tokens out of one stream; documents follow one another, separated by EOS."""
     tokens = getattr(shard, stream)
-    if len(tokens) < length:
-        raise DataError(f"{shard.folder / stream}.npy: {len(tokens)} tokens, fewer than one sequence of {length};"
-                        f" use a shorter --sequence_length or more data")
     start = (uniform(seed, stage, index, 1) * (len(tokens) - length + 1)).astype(np.int64)
     rows = tokens[start[:, None] + np.arange(length)].astype(np.int64)  # [n, length]
     return rows + vocab.vocab_size if stream == "speech" else rows
@@ -438,11 +446,10 @@ def interleave(shard, seed, stage, index, length, vocab, text_span=(10, 30), spe
 
 
 class Batch(NamedTuple):
-    """A micro-batch: what the model reads, what it shall predict, how many first rows hold no speech at all."""
-    ids: torch.Tensor       # [B, T] int64
-    targets: torch.Tensor   # [B, T] int64, the next ids; the model scores all but the switch token
-    text_rows: int
-    n_text: int             # scored text and speech targets
+    """A micro-batch: the model reads tokens[:, :-1] and is scored on tokens[:, 1:], switch tokens aside."""
+    tokens: torch.Tensor  # [B, T + 1] int64
+    text_rows: int        # the first so many rows hold no speech at all
+    n_text: int           # scored text and speech targets
     n_speech: int
 
 
@@ -452,8 +459,7 @@ def make_batch(rows, text_rows, vocab, pin=False):
     n_text = int((targets < vocab.vocab_size).sum())
     n_speech = targets.size - n_text - int((targets == vocab.switch).sum())
     tokens = torch.from_numpy(rows)
-    tokens = tokens.pin_memory() if pin else tokens
-    return Batch(tokens[:, :-1], tokens[:, 1:], text_rows, n_text, n_speech)
+    return Batch(tokens.pin_memory() if pin else tokens, text_rows, n_text, n_speech)
 
 
 def prefetch(make, items, depth=2):

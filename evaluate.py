@@ -11,6 +11,7 @@ are written (T) or spoken (S); one switch token stands between them where the mo
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ val_text = ["data/demo/val"]     # data sets for the held-out NLL; [] to skip
 val_speech = ["data/demo/val"]
 val_interleaved = ["data/demo/val"]
 val_sequences = 256              # sequences of each kind
+text_span = [10, 30]             # words of a text span in interleaved sequences, least and most
+speech_span = [5, 15]
 seed = 1                         # of the choice of these sequences
 sequence_length = 256
 batch_tokens = 16384             # positions scored at a time
@@ -92,22 +95,30 @@ def topic_cloze(model, cloze_set, batch_tokens=16384, items=None):
     for name, (before, after) in SETTINGS.items():
         pairs = [cloze_sequence(documents[i - i % 3][before], documents[i][after], (before, after), config)
                  for i in documents if i % 3]
-        total, count = log_likelihood(model, *zip(*pairs), batch_tokens)
+        total, count = log_likelihood(model, [s for s, _ in pairs], [span for _, span in pairs], batch_tokens)
         score = (total / count).reshape(-1, 2)
         right[name] = (np.sign(score[:, 0] - score[:, 1]) + 1) / 2
     return right
 
 
-def cloze_table(right):
-    """{setting: {accuracy and its standard error in percent, items}} from topic_cloze's answers."""
-    return {name: dict(accuracy=100 * r.mean(), stderr=100 * r.std() / len(r) ** 0.5, items=len(r))
-            for name, r in right.items()}
+def cloze_table(sums):
+    """{setting: {accuracy and its standard error in percent, items}} from {setting: (sum, sum of squares, number)}."""
+    def row(s, squares, n):
+        return dict(accuracy=100 * s / n, stderr=100 * max(0.0, (squares / n - (s / n) ** 2) / n) ** 0.5, items=int(n))
+    return {name: row(*values) for name, values in sums.items()}
 
 
-def heldout_nll(model, sources, seed, n_sequences, length, batch_tokens=16384, rank=0, world_size=1):
+def cloze_sums(right):
+    """{setting: (sum, sum of squares, number)} of topic_cloze's answers, which add up over processes."""
+    return {name: (r.sum(), (r ** 2).sum(), len(r)) for name, r in right.items()}
+
+
+def heldout_nll(model, sources, seed, n_sequences, length, spans=((10, 30), (5, 15)), batch_tokens=16384, rank=0,
+                world_size=1):
     """{kind: summed (text nll, speech nll, text targets, speech targets)} over n_sequences held-out sequences each.
 
-    Sequences are shared among ranks, so the sums of all ranks add up to the same total. float64 [4] each.
+    spans: least and most words of a text and of a speech span in interleaved sequences. Sequences are shared among
+    ranks, so the sums of all ranks, float64 [4] each, add up to the same total.
     """
     device, sums = next(model.parameters()).device, {}
     for kind, source in sources.items():
@@ -116,10 +127,11 @@ def heldout_nll(model, sources, seed, n_sequences, length, batch_tokens=16384, r
         for part in np.array_split(mine, max(1, -(-len(mine) * length // batch_tokens))):
             if len(part) == 0:
                 continue
-            rows, text_rows = data.sample({kind: source}, {kind: 1}, seed, VALIDATION, part, length + 1, model.config)
-            batch = data.make_batch(rows, text_rows, model.config)
+            rows, text_rows = data.sample({kind: source}, {kind: 1}, seed, VALIDATION, part, length + 1, model.config,
+                                          *spans)
+            tokens = torch.from_numpy(rows).to(device)
             with torch.inference_mode():
-                out = model(batch.ids.to(device), batch.targets.to(device), text_rows)
+                out = model(tokens[:, :-1], tokens[:, 1:], text_rows)
             sums[kind] += [float(out.text_nll), float(out.speech_nll), out.n_text, out.n_speech]
     return sums
 
@@ -158,25 +170,40 @@ def newest_checkpoint(folder):
 
 
 def pick_device(name):
+    if name not in ("auto", "cuda", "cpu", "mps"):
+        raise SystemExit(f"device={name}: choose auto, cuda, cpu or mps")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def made_with(folder):
+    """(hash of the tokenizer, hash of the units) that a checkpoint was trained with; None where it does not say."""
+    tokenizer, units = folder / "tokenizer.json", folder / "units.json"
+    return (data.Tokenizer(tokenizer).hash if tokenizer.exists() else None,
+            json.loads(units.read_text())["hash"] if units.exists() else None)
+
+
 def main(argv):
     settings, _ = configure(DEFAULTS, argv)
-    folder = newest_checkpoint(settings["checkpoint"])
-    model = from_pretrained(folder).to(pick_device(settings["device"])).eval()
+    c, folder = SimpleNamespace(**settings), newest_checkpoint(settings["checkpoint"])
+    path, vocabulary = Path(c.out or folder / "evaluation.json"), made_with(folder)
+    sources = {kind: data.open_source(kind, settings[f"val_{kind}"], *vocabulary, c.sequence_length + 1)
+               for kind in ("text", "speech", "interleaved") if settings[f"val_{kind}"]}
+    cloze_set = data.open_set(c.cloze, *vocabulary) if c.cloze else None
+    if not path.parent.is_dir():
+        raise SystemExit(f"{path.parent}: no such folder; set --out to a file in one that is there")
+    try:
+        model = from_pretrained(folder).to(pick_device(c.device)).eval()
+    except ValueError as e:  # says which file and what
+        raise SystemExit(str(e)) from None
+
     results = dict(checkpoint=str(folder), settings=settings)
-    sources = {kind: data.open_source(kind, settings[f"val_{kind}"]) for kind in ("text", "speech", "interleaved")
-               if settings[f"val_{kind}"]}
-    results["nll"] = nll_table(heldout_nll(model, sources, settings["seed"], settings["val_sequences"],
-                                           settings["sequence_length"], settings["batch_tokens"]))
-    if settings["cloze"]:
-        right = topic_cloze(model, data.open_set(settings["cloze"]), settings["batch_tokens"])
-        results["topic_cloze"] = cloze_table(right)
+    results["nll"] = nll_table(heldout_nll(model, sources, c.seed, c.val_sequences, c.sequence_length,
+                                           (c.text_span, c.speech_span), c.batch_tokens))
+    if cloze_set:
+        results["topic_cloze"] = cloze_table(cloze_sums(topic_cloze(model, cloze_set, c.batch_tokens)))
     print(as_text(results))
-    path = Path(settings["out"] or folder / "evaluation.json")
     path.write_text(json.dumps(results, indent=1))
     print(f"written to {path}")
 

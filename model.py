@@ -136,10 +136,14 @@ def find_runs(is_speech, flash):
 
 def attend(q, k, v, runs=None):
     """Causal attention, over the whole row or inside each run. q [B, T, H, head_dim]; k, v [B, T, H_kv, head_dim]."""
+    if q.size(0) == 0:  # flash-attn refuses an empty batch; so written, every parameter still gets its zero gradient
+        return q + k.sum() + v.sum()
     if runs is not None and runs.bounds is not None:
         packed = (t.flatten(0, 1) for t in (q, k, v))  # [B*T, H, head_dim]
         y = flash_attn_varlen_func(*packed, runs.bounds, runs.bounds, runs.longest, runs.longest, causal=True)
         return y.view(q.shape)
+    if runs is not None:  # with a mask, CUDA's memory-saving kernels want as many key heads as query heads
+        k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, head_dim]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if runs is None else runs.mask, is_causal=runs is None,
                                        enable_gqa=q.size(1) != k.size(1))
@@ -232,6 +236,9 @@ class SmolTolk(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        for layer in [*self.input_adapter, *self.output_adapter]:  # start as the identity: the backbone first meets
+            nn.init.zeros_(layer.self_attn.o_proj.weight)          # plain embeddings, and learning starts much faster
+            nn.init.zeros_(layer.mlp.down_proj.weight)
 
     def forward(self, ids, targets=None, text_rows=0, want=(), logits=None):
         """
@@ -299,6 +306,7 @@ class SmolTolk(nn.Module):
     def speech_logits(self, x):
         return F.linear(x, self.speech_embed.weight[:-1])  # units and speech EOS; the switch token is no target
 
+    @torch.compiler.disable  # its shapes depend on the data: compiled, it would be cut up and compiled again and again
     def score(self, text, speech, log_omega, targets, text_rows, keep):
         """The first six fields of Output. Each head is computed only at the positions whose target it predicts."""
         zero = torch.zeros((), device=text.device)

@@ -12,6 +12,7 @@ results.json and loss.png. `--resume=true` goes on from the newest checkpoint.
 import dataclasses
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import model as smoltolk
-from configurator import configure, nearest
+from configurator import configure, fit, nearest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
@@ -41,7 +42,7 @@ seed = 1                    # of the new weights and of all data
 log_interval = 10           # steps
 eval_interval = 500         # steps between held-out scores
 eval_sequences = 64         # held-out sequences of each kind
-eval_cloze_items = 100      # Topic-Cloze items scored along the way; the final table has them all
+eval_cloze_items = 100      # Topic-Cloze items scored along the way; the final table has all, and 4 x eval_sequences
 checkpoint_interval = 500   # steps
 keep_checkpoints = 2        # the newest ones stay
 wandb_project = ""          # log there too
@@ -122,9 +123,9 @@ def join_world(device_name):
     world = World(rank, local_rank, size, torch.device(name, local_rank) if name == "cuda" else torch.device(name))
     if name == "cuda":
         torch.cuda.set_device(world.device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        nccl = name == "cuda"
+        dist.init_process_group("nccl" if nccl else "gloo", device_id=world.device if nccl else None)
     return world
 
 
@@ -156,7 +157,23 @@ def check_settings(c, name, world):
     for key, place in DEMO.items() if c.demo else ():
         path = f"{c.demo}/{place}"
         setattr(c, key, getattr(c, key) or ([path] if isinstance(getattr(c, key), list) else path))
-    c.stages = {s: check_stage(s, stage) for s, stage in c.stages.items()}
+    for s, stage in c.stages.items():
+        check_stage(s, stage)
+    if not c.stages:
+        raise SystemExit("stages: empty; name at least one")
+    for key in ("sequence_length micro_batch batch_tokens log_interval eval_interval checkpoint_interval eval_sequences"
+                " keep_checkpoints num_hidden_layers num_attention_heads num_key_value_heads").split():
+        if getattr(c, key) < 1:
+            raise SystemExit(f"{key}={getattr(c, key)}: give 1 or more")
+    for key in ("input_adapter_layers", "output_adapter_layers", "eval_cloze_items", "beta", "weight_decay"):
+        if getattr(c, key) < 0:
+            raise SystemExit(f"{key}={getattr(c, key)}: give 0 or more")
+    if c.grad_clip <= 0:
+        raise SystemExit(f"grad_clip={c.grad_clip}: give a positive norm, 1e9 for none")
+    for key in ("text_span", "speech_span"):
+        span = getattr(c, key)
+        if not (isinstance(span, list) and len(span) == 2 and 1 <= span[0] <= span[1]):
+            raise SystemExit(f"{key}={span}: give the least and the most words of a span, like [5, 15]")
     sequences, rest = divmod(c.batch_tokens, c.sequence_length)
     if rest or sequences % world.size or sequences == 0:
         raise SystemExit(f"batch_tokens={c.batch_tokens} is not a whole number of sequences of {c.sequence_length} for"
@@ -167,22 +184,39 @@ def check_settings(c, name, world):
     return c
 
 
+def complete_stages(settings):
+    """Fill in what a stage leaves out, and refuse what no stage knows or takes."""
+    for name, stage in settings["stages"].items():
+        if not isinstance(stage, dict):
+            raise SystemExit(f"stages.{name}={stage!r}: a stage is a dict of {', '.join(STAGE)}")
+        for key in stage:
+            if key not in STAGE:
+                raise SystemExit(f"stages.{name}.{key}: no such setting; did you mean {nearest(key, STAGE)}?")
+        settings["stages"][name] = {key: fit(stage.get(key, default), default, f"stages.{name}.{key}")
+                                    for key, default in STAGE.items()}
+
+
 def check_stage(name, stage):
-    for key in stage:
-        if key not in STAGE:
-            raise SystemExit(f"stages.{name}.{key}: no such setting; did you mean {nearest(key, STAGE)}?")
-    stage = {**STAGE, **stage}
     for kind, parts in stage["mixture"].items():
         if kind not in ("text", "speech", "interleaved") or not isinstance(parts, int) or parts < 1:
             raise SystemExit(f"stages.{name}.mixture: {kind}={parts!r}; give text, speech, interleaved in whole parts")
     if not stage["mixture"] or stage["train"] not in ("all", "new", "text"):
         raise SystemExit(f"stages.{name}: needs a mixture, and train is 'all', 'new' or 'text', not {stage['train']!r}")
+    if stage["steps"] < 1 or stage["warmup"] < 0 or not 0 <= stage["decay"] <= 1 or stage["learning_rate"] < 0:
+        raise SystemExit(f"stages.{name}: give steps of 1 or more, warmup and learning_rate of 0 or more, decay 0..1")
     stage["speech_learning_rate"] = stage["speech_learning_rate"] or stage["learning_rate"]
-    return stage
+
+
+class Data(NamedTuple):
+    """All that a run reads, opened and checked."""
+    tokenizer: data.Tokenizer
+    train: dict               # {kind: data.Source}
+    held: dict                # the same, held out
+    cloze: data.DataSet | None
 
 
 def open_data(c, world):
-    """(training sources, held-out sources, tokenizer); derives vocab_size and n_units, makes the demo if asked for."""
+    """Open all data; derives vocab_size and n_units, and makes the demo corpus if it is asked for."""
     if c.demo:
         if world.rank == 0:
             importlib.import_module("corpora.demo").make(c.demo)  # returns at once if it is there
@@ -190,19 +224,22 @@ def open_data(c, world):
             dist.barrier()
     tokenizer = data.Tokenizer(c.tokenizer)
     try:
-        described = json.loads((Path(c.units) / "units.json").read_text()) if c.units else {}
-    except (OSError, ValueError) as e:
+        described = dict(json.loads((Path(c.units) / "units.json").read_text())) if c.units else {}
+    except (OSError, ValueError, TypeError) as e:
         raise SystemExit(f"{c.units}/units.json: cannot be read ({e}); set --units to the units' folder") from None
     c.vocab_size, c.n_units = c.vocab_size or tokenizer.vocab_size, c.n_units or described.get("n_units", 0)
     if not c.n_units:
         raise SystemExit("n_units: not known; set --units to the folder of the speech units, or --n_units")
+    if described.get("n_units", c.n_units) != c.n_units:
+        raise SystemExit(f"n_units={c.n_units}: {c.units}/units.json has {described['n_units']}; leave --n_units out")
     if tokenizer.vocab_size > c.vocab_size:
         raise SystemExit(f"{c.tokenizer}: {tokenizer.vocab_size} ids, vocab_size={c.vocab_size} cannot hold them")
     kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
-    train = {k: data.open_source(k, getattr(c, k), tokenizer.hash, described.get("hash")) for k in sorted(kinds)}
-    held = {k: data.open_source(k, getattr(c, f"val_{k}"), tokenizer.hash, described.get("hash"))
+    made_with, length = (tokenizer.hash, described.get("hash")), c.sequence_length + 1
+    train = {k: data.open_source(k, getattr(c, k), *made_with, length) for k in sorted(kinds)}
+    held = {k: data.open_source(k, getattr(c, f"val_{k}"), *made_with, length)
             for k in ("text", "speech", "interleaved") if getattr(c, f"val_{k}")}
-    return train, held, tokenizer
+    return Data(tokenizer, train, held, data.open_set(c.cloze, *made_with) if c.cloze else None)
 
 
 def build_model(c, tokenizer):
@@ -278,9 +315,9 @@ def train_step(model, optimizer, batches, c, world, autocast):
     for i, batch in enumerate(batches):
         if dist.is_initialized():
             model.require_backward_grad_sync = i == len(batches) - 1
-        ids, targets = (t.to(world.device, non_blocking=True) for t in (batch.ids, batch.targets))
+        tokens = batch.tokens.to(world.device, non_blocking=True)
         with autocast:
-            out = model(ids, targets, batch.text_rows)
+            out = model(tokens[:, :-1], tokens[:, 1:], batch.text_rows)
         loss = smoltolk.mean_loss(out, c.beta, n_text + n_speech, n_speech)
         (loss * world.size).backward()  # DistributedDataParallel averages over processes, this makes it a sum
         sums += torch.stack([out.text_nll, out.speech_nll, out.negative_entropy]).detach()
@@ -294,12 +331,12 @@ def step_flops(config, batches, stage, length):
     """FLOPs of this process's share of one step: forward and backward; frozen weights need no gradient of their own."""
     total = 0
     for b in batches:
-        backbone, new = smoltolk.forward_flops(config, len(b.ids), length, b.text_rows, b.n_text, b.n_speech)
-        total += backbone * (2 if stage["train"] == "new" else 3) + new * 3
+        backbone, new = smoltolk.forward_flops(config, len(b.tokens), length, b.text_rows, b.n_text, b.n_speech)
+        total += backbone * (2 if stage["train"] == "new" else 3) + new * (2 if stage["train"] == "text" else 3)
     return total
 
 
-def train_stage(name, model, place, c, world, sources, held, log):
+def train_stage(name, model, place, c, world, opened, log):
     """Train one stage from place["step"] on, in place; place = {stage, step, total, tokens, flops, seconds}."""
     stage, number = c.stages[name], list(c.stages).index(name)
     set_trainable(model, stage["train"])
@@ -308,48 +345,66 @@ def train_stage(name, model, place, c, world, sources, held, log):
         load_optimizer(optimizer, model, evaluate.newest_checkpoint(c.out_dir))
     runner = torch.compile(model) if c.compile else model
     if dist.is_initialized():
-        runner = DistributedDataParallel(runner, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+        runner = DistributedDataParallel(runner, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+                                         gradient_as_bucket_view=True, broadcast_buffers=False)
     half = pick_dtype(c.dtype, world.device) == torch.bfloat16
     autocast = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
 
-    make = step_batches(c, model.config, sources, stage, number, world)
-    began, since = time.perf_counter(), SimpleNamespace(sums=0, counts=0, flops=0, steps=0)
+    make = step_batches(c, model.config, opened.train, stage, number, world)
+    since = Since(time.perf_counter())
     for batches in data.prefetch(make, range(place["step"], stage["steps"])):
         factor = schedule(place["step"], stage)
         for group in optimizer.param_groups:
             group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
         sums, counts, norm = train_step(runner, optimizer, batches, c, world, autocast)
         flops = step_flops(model.config, batches, stage, c.sequence_length) * world.size
-        since.sums, since.counts, since.flops = since.sums + sums, since.counts + counts, since.flops + flops
-        since.steps += 1
-        place["step"] += 1
-        place["total"] += 1
-        place["tokens"] += c.batch_tokens
-        place["flops"] += flops
+        since = since._replace(sums=since.sums + sums, counts=since.counts + counts, flops=since.flops + flops,
+                               steps=since.steps + 1)
+        for key, more in (("step", 1), ("total", 1), ("tokens", c.batch_tokens), ("flops", flops)):
+            place[key] += more
         last = place["step"] == stage["steps"]
 
         if place["total"] % c.log_interval == 0 or last:
-            text_nll, speech_nll, negative_entropy = all_sum(since.sums, world).tolist()
-            n_text, n_speech = since.counts.tolist()
-            seconds = time.perf_counter() - began
-            place["seconds"] += seconds
-            log.step(dict(
-                step=place["total"], stage=name, stage_step=place["step"], tokens=place["tokens"], flops=place["flops"],
-                seconds=round(place["seconds"], 3), grad_norm=float(norm),
-                text_nll=text_nll / n_text if n_text else None, speech_nll=speech_nll / n_speech if n_speech else None,
-                entropy=-negative_entropy / n_speech if n_speech else None,
-                learning_rate=factor * stage["learning_rate"] if stage["train"] != "new" else 0.0,
-                speech_learning_rate=factor * stage["speech_learning_rate"] if stage["train"] != "text" else 0.0,
-                tokens_per_second=since.steps * c.batch_tokens / seconds,
-                mfu=utilisation(since.flops / seconds / world.size, world.device)))
-            began, since = time.perf_counter(), SimpleNamespace(sums=0, counts=0, flops=0, steps=0)
+            line = log_line(name, stage, factor, place, since, norm, c, world)
+            log.step(line)
+            if not math.isfinite((line["text_nll"] or 0) + (line["speech_nll"] or 0) + line["grad_norm"]):
+                raise SystemExit(f"step {place['total']}: the loss or its gradient is not finite; go on from the last"
+                                 f" checkpoint with --resume=true and a lower learning rate")
+            since = Since(time.perf_counter())
+        paused = time.perf_counter()
+        if (place["total"] % c.checkpoint_interval == 0 or last) and world.rank == 0:
+            save_checkpoint(model, optimizer, place, c)
         if place["total"] % c.eval_interval == 0 or last:
-            log.held_out(dict(step=place["total"], stage=name, **held_out(model, held, c, world, autocast)))
-            began = time.perf_counter()
-        if place["total"] % c.checkpoint_interval == 0 or last:
-            if world.rank == 0:
-                save_checkpoint(model, optimizer, place, c)
-            began = time.perf_counter()
+            with autocast:
+                scores = held_out(model, opened, c, world, c.eval_sequences, c.eval_cloze_items)
+            log.held_out(dict(step=place["total"], stage=name, **scores))
+        since = since._replace(began=since.began + time.perf_counter() - paused)
+
+
+class Since(NamedTuple):
+    """What has been added up since the last logged step."""
+    began: float                            # time.perf_counter(), moved on by what evaluations and checkpoints take
+    sums: torch.Tensor | float = 0.0        # of this process: text nll, speech nll, -entropy
+    counts: torch.Tensor | float = 0.0      # of all: text and speech targets
+    flops: int = 0
+    steps: int = 0
+
+
+def log_line(name, stage, factor, place, since, norm, c, world):
+    """One line of log.jsonl: means over the steps since the last one."""
+    text_nll, speech_nll, negative_entropy = all_sum(since.sums, world).tolist()
+    n_text, n_speech = since.counts.tolist()
+    seconds = time.perf_counter() - since.began
+    place["seconds"] += seconds
+    return dict(
+        step=place["total"], stage=name, stage_step=place["step"], tokens=place["tokens"], flops=place["flops"],
+        seconds=round(place["seconds"], 3), grad_norm=float(norm),
+        text_nll=text_nll / n_text if n_text else None, speech_nll=speech_nll / n_speech if n_speech else None,
+        entropy=-negative_entropy / n_speech if n_speech else None,
+        learning_rate=factor * stage["learning_rate"] if stage["train"] != "new" else 0.0,
+        speech_learning_rate=factor * stage["speech_learning_rate"] if stage["train"] != "text" else 0.0,
+        tokens_per_second=since.steps * c.batch_tokens / seconds,
+        mfu=utilisation(since.flops / seconds / world.size, world.device))
 
 
 def utilisation(flops_per_second, device):
@@ -359,22 +414,19 @@ def utilisation(flops_per_second, device):
     return flops_per_second / peak if peak else None
 
 
-def held_out(model, held, c, world, autocast):
-    """Held-out scores, the work shared among processes: mean NLL in nats by kind, Topic-Cloze accuracy in percent."""
+def held_out(model, opened, c, world, n_sequences, cloze_items=None):
+    """Held-out scores, shared among processes: mean NLL in nats by kind; Topic-Cloze on cloze_items (None: all)."""
     scores, batch_tokens = {}, c.micro_batch * c.sequence_length
     model.eval()
-    with autocast:
-        if held:
-            sums = evaluate.heldout_nll(model, held, c.seed, c.eval_sequences, c.sequence_length, batch_tokens,
-                                        world.rank, world.size)
-            together = all_sum(np.stack(list(sums.values())), world)
-            scores["held_out"] = evaluate.nll_table(dict(zip(sums, together.numpy())))
-        if c.cloze and c.eval_cloze_items:
-            cloze = data.open_set(c.cloze)
-            mine = range(world.rank, min(c.eval_cloze_items, cloze.meta["documents"] // 3), world.size)
-            right = evaluate.topic_cloze(model, cloze, batch_tokens, mine)
-            counts = all_sum([[r.sum(), len(r)] for r in right.values()], world)
-            scores["cloze"] = dict(zip(right, (100 * counts[:, 0] / counts[:, 1]).tolist()))
+    if opened.held:
+        sums = evaluate.heldout_nll(model, opened.held, c.seed, n_sequences, c.sequence_length,
+                                    (c.text_span, c.speech_span), batch_tokens, world.rank, world.size)
+        scores["nll"] = evaluate.nll_table(dict(zip(sums, all_sum(np.stack(list(sums.values())), world).numpy())))
+    if opened.cloze and cloze_items != 0:
+        items = opened.cloze.meta["documents"] // 3
+        mine = range(world.rank, min(cloze_items or items, items), world.size)
+        sums = evaluate.cloze_sums(evaluate.topic_cloze(model, opened.cloze, batch_tokens, mine))
+        scores["topic_cloze"] = evaluate.cloze_table(dict(zip(sums, all_sum(list(sums.values()), world).tolist())))
     model.train()
     return scores
 
@@ -389,6 +441,8 @@ def save_checkpoint(model, optimizer, place, c):
     shutil.rmtree(temporary, ignore_errors=True)
     smoltolk.save_pretrained(model, temporary)
     shutil.copy(c.tokenizer, temporary / "tokenizer.json")
+    if c.units:
+        shutil.copy(f"{c.units}/units.json", temporary / "units.json")
     names = {p: n for n, p in model.named_parameters()}
     save_file({f"{names[p]}.{key}": value.contiguous() for p, state in optimizer.state.items()
                for key, value in state.items()}, temporary / "optimizer.safetensors")
@@ -450,9 +504,10 @@ class Log:
     def held_out(self, line):
         if self.on:
             text = "   held out"
-            for kind, nll in line.get("held_out", {}).items():
+            for kind, nll in line.get("nll", {}).items():
                 text += f"  {kind}: " + " ".join(f"{m} {v:.3f}" for m, v in nll.items())
-            text += "  cloze: " + " ".join(f"{k} {v:.0f}" for k, v in line["cloze"].items()) if "cloze" in line else ""
+            if "topic_cloze" in line:
+                text += "  cloze: " + " ".join(f"{k} {v['accuracy']:.0f}" for k, v in line["topic_cloze"].items())
             self.write(line, text)
 
 
@@ -469,7 +524,8 @@ def flat(line, prefix=""):
 
 def read_log(out_dir):
     path = Path(out_dir) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last line end is empty, or torn by a crash
 
 
 def plot_loss(out_dir):
@@ -488,13 +544,13 @@ def plot_loss(out_dir):
 
     for name, colour in colours.items():
         curve(axes[0], lambda x, k=f"{name}_nll": x.get(k), color=colour, label=f"{name} targets")
-        curve(axes[1], lambda x, k=name: x.get("held_out", {}).get(k, {}).get(k), "o-", color=colour, markersize=4,
+        curve(axes[1], lambda x, k=name: x.get("nll", {}).get(k, {}).get(k), "o-", color=colour, markersize=4,
               label=f"{name} sequences")
-        curve(axes[1], lambda x, k=name: x.get("held_out", {}).get("interleaved", {}).get(k), "s--", color=colour,
+        curve(axes[1], lambda x, k=name: x.get("nll", {}).get("interleaved", {}).get(k), "s--", color=colour,
               markersize=4, label=f"{name} in interleaved sequences")
     for (name, (_, after)), style in zip(evaluate.SETTINGS.items(), ("o-", "o-", "s--", "s--")):
-        curve(axes[2], lambda x, k=name: x.get("cloze", {}).get(k), style, color=colours[after], markersize=4,
-              label=name)
+        curve(axes[2], lambda x, k=name: x.get("topic_cloze", {}).get(k, {}).get("accuracy"), style,
+              color=colours[after], markersize=4, label=name)
     stages = [(b["step"], b["stage"]) for a, b in zip([{}, *lines], lines) if a.get("stage") != b["stage"]]
     for axis, title, unit in zip(axes, ("training loss", "held-out loss", "Topic-Cloze along the way"),
                                  ("nats per target", "nats per target", "% right (chance: 50)")):
@@ -511,30 +567,38 @@ def plot_loss(out_dir):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+FREE = set("resume out_dir device dtype compile micro_batch log_interval eval_interval eval_sequences eval_cloze_items "
+           "checkpoint_interval keep_checkpoints wandb_project tensorboard".split())  # may change when a run goes on
+
+
 def begin(c, world, tokenizer):
     """(model, place): a fresh run, or the newest checkpoint's. A run that is already there is never overwritten."""
     there = sorted(Path(c.out_dir).glob("checkpoint-*[0-9]"))
     if there and not c.resume:
         raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
+    if c.resume and not there:
+        raise SystemExit(f"{c.out_dir}: no checkpoint to go on from; leave --resume out")
     place = dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
     try:
-        if there:
-            model = smoltolk.from_pretrained(there[-1])
-            place = json.loads((there[-1] / "train.json").read_text())["place"]
-        else:
-            model = build_model(c, tokenizer)
+        if not there:
+            return build_model(c, tokenizer).to(world.device), place
+        saved = json.loads((there[-1] / "train.json").read_text())
+        for key, was in saved["settings"].items():
+            if key not in FREE and getattr(c, key, None) != was:
+                raise SystemExit(f"{c.out_dir}: was trained with {key}={was!r}, not {getattr(c, key, None)!r}; resume"
+                                 f" with the same, or set another --out_dir")
+        return smoltolk.from_pretrained(there[-1]).to(world.device), saved["place"]
     except ValueError as e:  # says which file and what
         raise SystemExit(str(e)) from None
-    return model.to(world.device), place
 
 
 def main(argv):
-    settings, name = configure(DEFAULTS, argv)
+    settings, name = configure(DEFAULTS, argv, complete_stages)
     world = join_world(settings["device"])
     started = time.perf_counter()
     c = check_settings(settings, name, world)
-    train, held, tokenizer = open_data(c, world)
-    model, place = begin(c, world, tokenizer)
+    opened = open_data(c, world)
+    model, place = begin(c, world, opened.tokenizer)
     if world.rank == 0:
         Path(c.out_dir).mkdir(parents=True, exist_ok=True)
         (Path(c.out_dir) / "settings.json").write_text(json.dumps(vars(c), indent=1))
@@ -545,27 +609,21 @@ def main(argv):
     for number, stage in list(enumerate(c.stages))[place["stage"]:]:
         if place["stage"] != number:
             place |= dict(stage=number, step=0)
-        train_stage(stage, model, place, c, world, train, held, log)
-    if log.bar:
-        log.bar.close()
-    if world.rank == 0:
-        finish(c, model, held, place, world, started)
+        train_stage(stage, model, place, c, world, opened, log)
+    finish(model, opened, place, c, world, log, started)
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 
-def finish(c, model, held, place, world, started):
-    """The final table: results.json, and on the terminal; the loss curve."""
+def finish(model, opened, place, c, world, log, started):
+    """The final table, in fp32: results.json, and on the terminal; the curves."""
+    scores = held_out(model, opened, c, world, 4 * c.eval_sequences)
+    if world.rank != 0:
+        return
+    log.bar.close()
     results = dict(config=Path(c.out_dir).name, seed=c.seed, steps=place["total"], tokens=place["tokens"],
-                   flops=place["flops"], training_seconds=place["seconds"])
-    model.eval()
-    if held:
-        sums = evaluate.heldout_nll(model, held, c.seed, 4 * c.eval_sequences, c.sequence_length)
-        results["nll"] = evaluate.nll_table(sums)
-    if c.cloze:
-        results["topic_cloze"] = evaluate.cloze_table(evaluate.topic_cloze(model, data.open_set(c.cloze)))
-    results["seconds"] = time.perf_counter() - started
+                   flops=place["flops"], training_seconds=place["seconds"], **scores,
+                   seconds=time.perf_counter() - started)
     (Path(c.out_dir) / "results.json").write_text(json.dumps(results, indent=1))
     plot_loss(c.out_dir)
     print(evaluate.as_text(results))

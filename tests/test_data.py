@@ -112,9 +112,9 @@ def test_rows_hold_what_their_kind_says(folders):
     mixed = rows[100:][~speech_only]
     assert (mixed == 121).any(1).all() and (mixed < 122).all()
     batch = data.make_batch(rows, text_rows, VOCAB)
-    assert batch.n_text == int((batch.targets < 100).sum())
-    assert batch.n_speech == int(((batch.targets >= 100) & (batch.targets != 121)).sum())
-    assert batch.ids[:, 1:].equal(batch.targets[:, :-1])
+    targets = batch.tokens[:, 1:]
+    assert batch.n_text == int((targets < 100).sum())
+    assert batch.n_speech == int(((targets >= 100) & (targets != 121)).sum())
 
 
 def test_windows_reach_both_ends_and_differ_by_seed_and_stage(folders):
@@ -125,8 +125,8 @@ def test_windows_reach_both_ends_and_differ_by_seed_and_stage(folders):
     assert 60 < first.sum() < 140 and (rows[~first] == shard.text[1:]).all()
     for seed, stage in ((1, 0), (0, 1)):
         assert (data.windows(shard, "text", seed, stage, index, length, VOCAB) != rows).any()
-    with pytest.raises(data.DataError, match="1530 tokens, fewer than one sequence of 1531"):
-        data.windows(shard, "text", 0, 0, index, 1531, VOCAB)
+    with pytest.raises(data.DataError, match="1530 tokens, fewer than a sequence of 1531"):
+        data.open_source("text", [folders / "text"], length=1531)
 
 
 def test_weights_of_sets(tmp_path):

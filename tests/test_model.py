@@ -21,6 +21,9 @@ ABLATIONS = [{}, BASELINE, dict(layer_pooling="fixed"), dict(layer_pooling="last
 def make(seed=0, **overrides):
     torch.manual_seed(seed)
     model = SmolTolk(dataclasses.replace(TINY, **overrides)).eval()
+    for layer in [*model.input_adapter, *model.output_adapter]:  # they start as the identity, which would hide them
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.2)
+        torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.2)
     if hasattr(model, "phi"):
         torch.nn.init.normal_(model.phi)  # at its start phi is nearly uniform, and an error in it would not show
     return model
@@ -208,7 +211,7 @@ def test_long_losses_in_pieces_are_the_same(monkeypatch):
 
 def fake_flash(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal):
     """flash_attn_varlen_func's contract, slowly."""
-    assert causal and torch.equal(bounds_q, bounds_k) and bounds_q.dtype == torch.int32
+    assert causal and torch.equal(bounds_q, bounds_k) and bounds_q.dtype == torch.int32 and len(bounds_q) > 1
     y = torch.empty_like(q)
     for a, b in zip(bounds_q[:-1].tolist(), bounds_q[1:].tolist()):
         qs, ks, vs = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
@@ -224,6 +227,32 @@ def test_flash_and_torch_kernels_agree(monkeypatch):
     find = smoltolk.find_runs
     monkeypatch.setattr(smoltolk, "find_runs", lambda is_speech, flash: find(is_speech, flash=True))
     torch.testing.assert_close(m(ids, logits=slice(None)).speech_logits, plain.speech_logits, atol=1e-5, rtol=1e-5)
+    m(ids % 50, text_rows=4)  # no row for the adapters at all
+
+
+def test_compiled_in_bf16(monkeypatch):
+    """torch.compile's own tracing, without its slow C++: no error, the same losses and gradients, few graphs."""
+    monkeypatch.setattr(smoltolk, "LOGITS_AT_ONCE", 7 * 50)  # the loss in pieces too
+    graphs, results = [], []
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+    from torch._dynamo.backends.debugging import aot_eager
+    for compiled in (False, True):
+        m = make()
+        runner = torch.compile(m, backend=backend) if compiled else m
+        for text_rows in (2, 0, 2):
+            ids = interleaved(6, 41)
+            ids[:text_rows] %= 50
+            with torch.autocast("cpu", torch.bfloat16):
+                out = runner(ids[:, :-1], ids[:, 1:], text_rows)
+            mean_loss(out, 0.1).backward()
+            results.append(float(mean_loss(out, 0.1).detach()))
+        results.append(sum(float(p.grad.abs().sum()) for p in m.parameters()))
+    assert results[4:] == pytest.approx(results[:4], rel=1e-3)
+    assert 0 < len(graphs) < 12
 
 
 def test_too_long_a_sequence():
