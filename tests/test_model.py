@@ -181,6 +181,17 @@ def test_input_adapter_sees_one_run_only():
 
 
 @torch.no_grad()
+def test_adapters_start_as_the_identity():
+    torch.manual_seed(0)
+    m, ids = SmolTolk(TINY), interleaved(3, 30)
+    z = m.embed(ids)
+    assert torch.equal(m.adapt_input(z, ids, m.rope[:, :30], 0), z)
+    none = SmolTolk(dataclasses.replace(TINY, input_adapter_layers=0, output_adapter_layers=0))
+    none.load_state_dict({k: v for k, v in m.state_dict().items() if "adapter" not in k})
+    assert torch.equal(none(ids, logits=slice(None)).speech_logits, m(ids, logits=slice(None)).speech_logits)
+
+
+@torch.no_grad()
 def test_skipping_text_rows_changes_nothing():
     m, ids = make(), interleaved(6, 41)
     ids[:2] %= 50

@@ -102,6 +102,29 @@ def test_resuming_is_exact(run, demo_folder, tmp_path):
         assert losses(out) == losses(run)
 
 
+def test_starting_from_a_text_model(run, demo_folder, tmp_path):
+    """init_from: shape and weights of the backbone are the folder's, rope_theta and the switches are the settings'."""
+    source = run / "checkpoint-00000004"
+    folder = tmp_path / "llama"
+    shutil.copytree(source, folder)
+    for name in ("speech.safetensors", "optimizer.safetensors", "train.json"):
+        (folder / name).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["smoltolk"]  # now a plain Llama, as SmolLM is
+    (folder / "config.json").write_text(json.dumps(config | dict(rope_theta=10_000.0, eos_token_id=2)))
+    stages = dict(stage1=dict(steps=1, mixture=dict(interleaved=1), train="new", speech_learning_rate=1e-3))
+    more = dict(init_from=folder, stages=stages, hidden_size=999, residual=False, rope_theta=50_000.0)
+    train.main(arguments(demo_folder, tmp_path / "out", **more))
+    model = from_pretrained(tmp_path / "out" / "checkpoint-00000001")
+    assert (model.config.hidden_size, model.config.residual, model.config.rope_theta) == (32, False, 50_000.0)
+    assert model.config.eos_token_id == 0  # the tokenizer's <|endoftext|>, whatever config.json says
+    for name, value in load_file(source / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], value)
+    with pytest.raises(SystemExit, match="llama: max_position_embeddings 2048; set --sequence_length=2048 or less"):
+        train.build_model(SimpleNamespace(seed=1, init_from=folder, sequence_length=4096, n_units=30,
+                                          vocab_size=model.config.vocab_size), SimpleNamespace(eos=0))
+
+
 def torchrun(processes, argv):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
