@@ -1,10 +1,6 @@
 # Baseline-1.7B: SmolLM-1.7B with the speech units in its vocabulary, nothing else. Stage 2 alone, 16B tokens.
-base = "train_2b.py"
-input_adapter_layers = 0
-output_adapter_layers = 0
-layer_pooling = "last"
-residual = False
-beta = 0.0
-stages = dict(
-    stage2=dict(steps=15_259, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
-)
+# The paper has it at 32B too, beside SmolTolk-2B: --stages.stage2.steps=30_518
+base = "baseline_135m.py"
+init_from = "weights/smollm-1.7b"
+tokenizer = "weights/smollm-1.7b/tokenizer.json"
+micro_batch = 4
