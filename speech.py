@@ -140,7 +140,8 @@ def espeak_words(words, samples, events, separators):
 
 def espeak(text, voice="en-us", rate=175, pitch=50):
     """
-    Speak a text with espeak-ng. The same arguments always give the same samples.
+    Speak a text with espeak-ng. The same arguments always give the same samples, but for breathy voices (variants +f2,
+    +f3, +f5), whose noise espeak-ng draws from the clock.
 
     text: words separated by white space; voice: an espeak-ng voice with an optional variant ("en-us+f2");
     rate: words a minute (80 to 450); pitch: 0 to 99.
