@@ -191,8 +191,8 @@ def write_stories(count, seed):
 # (voice, rate in words a minute, pitch): men, women, American, British, Scottish. The more voices, the less a word's
 # units say by themselves. How well a word said by "en-us" is told by what the nearest word of another voice is (see
 # speech.py): other pitches and rates 98%, "+m3" 97%, "+m7" 92%, "+f2" 74%. With two male voices both SmolTolk and the
-# baseline hear all there is to hear within 1500 steps, and no difference is left to see. "+f2", "+f3" and "+f5" are out:
-# espeak-ng draws their breath from the clock, and the data would be another each time.
+# baseline hear all there is to hear within 1500 steps, and no difference is left to see. "+f2", "+f3" and "+f5" are
+# left out: espeak-ng draws their breath from the clock, and the data would be another each time.
 SPEAKERS = (("en-us", 200, 40), ("en-us+m3", 210, 50), ("en-us+f1", 200, 65), ("en-us+m7", 190, 35),
             ("en-gb-x-rp", 200, 45), ("en-us+f4", 210, 60), ("en-gb-scotland", 195, 50), ("en-gb-x-rp+f4", 190, 70))
 
