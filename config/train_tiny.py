@@ -14,8 +14,8 @@ beta = 0.05
 # A text LM has to be there first: `text` stands in for the pre-training of SmolLM
 stages = dict(
     text=dict(steps=120, mixture=dict(text=1), train="text", learning_rate=3e-3, warmup=20, decay=0.2),
-    stage1=dict(steps=420, mixture=dict(interleaved=1), train="new", speech_learning_rate=8e-3, warmup=50, decay=0.2),
-    stage2=dict(steps=280, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=1.5e-3, decay=0.3),
+    stage1=dict(steps=600, mixture=dict(interleaved=1), train="new", speech_learning_rate=8e-3, warmup=50, decay=0.2),
+    stage2=dict(steps=400, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=1.5e-3, decay=0.3),
 )
 eval_interval = 100
 checkpoint_interval = 200

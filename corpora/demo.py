@@ -31,6 +31,7 @@ import random
 import re
 import shutil
 import time
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -197,6 +198,11 @@ SPEAKERS = (("en-us", 200, 40), ("en-us+m3", 210, 50), ("en-us+f1", 200, 65), ("
             ("en-gb-x-rp", 200, 45), ("en-us+f4", 210, 60), ("en-gb-scotland", 195, 50), ("en-gb-x-rp+f4", 190, 70))
 
 
+# dB by which the voice stands above hiss, drawn evenly for each recording. Clean synthetic speech is too easy: what one
+# word sounds like, it always sounds like, and units alone nearly spell it.
+SIGNAL_TO_NOISE = (5, 15)
+
+
 class Recording(NamedTuple):
     story: Story
     speaker: int  # index into SPEAKERS
@@ -205,16 +211,25 @@ class Recording(NamedTuple):
     waveform: np.ndarray | None  # int16, kept where it was asked for
 
 
+def record(story, speaker):
+    """A story as a speaker tells it, under hiss: what speech.espeak returns. A pure function."""
+    text = " ".join(story.sentences)
+    waveform, words = speech.espeak(text, *SPEAKERS[speaker])
+    rng = np.random.default_rng([zlib.crc32(text.encode()), speaker])
+    ratio = 10 ** (rng.uniform(*SIGNAL_TO_NOISE) / 20)
+    hiss = rng.standard_normal(len(waveform)) * np.sqrt(np.mean(waveform**2)) / ratio
+    return np.clip(waveform + hiss, -1, 1).astype(np.float32), words
+
+
 def speak_for_fit(job):
     """Features of one recording, to fit the units on."""
-    story, speaker = job
-    return speech.mel_frames(speech.espeak(" ".join(story.sentences), *SPEAKERS[speaker])[0])
+    return speech.mel_frames(record(*job)[0])
 
 
 def speak(job):
     """One story to a Recording; None if its words could not be timed."""
     story, speaker, codebook, keep_waveform = job
-    waveform, words = speech.espeak(" ".join(story.sentences), *SPEAKERS[speaker])
+    waveform, words = record(story, speaker)
     if words is None:
         return None
     ids, frame_start = speech.mel_units(waveform, codebook)
@@ -394,7 +409,7 @@ def draw_utterance(recording, codebook, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # All of it
 
-VERSION = 3  # to be raised whenever the same parameters come to give other data
+VERSION = 4  # to be raised whenever the same parameters come to give other data
 FIT_ON, EXAMPLES = 192, 4  # recordings that the units are fitted on; that are kept as .wav
 
 
