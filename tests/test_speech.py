@@ -126,6 +126,17 @@ def test_no_ending_is_given_away_by_a_word():
         assert not words & set().union(*(w for t, w in endings.items() if t != topic))
 
 
+def test_the_hiss_is_as_loud_as_said_and_the_same_each_time(spoken):
+    ratios = []
+    for i, story in enumerate(demo.write_stories(6, 0)):
+        clean = speech.espeak(" ".join(story.sentences), *demo.SPEAKERS[i])[0]
+        noisy, words = demo.record(story, i)
+        assert np.array_equal(noisy, demo.record(story, i)[0]) and len(noisy) == len(clean)
+        ratios.append(10 * np.log10(np.mean(clean**2) / np.mean((noisy - clean) ** 2)))
+    low, high = demo.SIGNAL_TO_NOISE
+    assert all(low - 0.1 < ratio < high + 0.1 for ratio in ratios) and max(ratios) - min(ratios) > 1
+
+
 def test_demo_sets_fit_together(demo_folder):
     tokenizer = data.Tokenizer(demo_folder / "tokenizer.json")
     units = json.loads((demo_folder / "units" / "units.json").read_text())
