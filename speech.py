@@ -2,14 +2,18 @@
 Waveform to units and word times.
 
 Speech enters the language model as *units*: small integers, 25 of them a second before runs of the same unit are
-collapsed to one. The paper's units come from HuBERT; here are much cheaper ones, k-means clusters of mel cepstra,
-good enough for one synthetic speaker or two, and the synthesiser (espeak-ng) that the embedded demo speaks with.
+collapsed to one. The paper's units come from HuBERT; beside them are much cheaper ones, k-means clusters of mel
+cepstra, good enough for a few synthetic speakers, and the synthesiser (espeak-ng) that the embedded demo speaks with.
 
     waveform, words = espeak("The cat sat.")                 # float32 at 16 kHz, [(start, end), ...] in seconds
-    codebook = fit_mel_units([mel_frames(waveform)], k=80, seed=0)
-    ids, frame_start = mel_units(waveform, codebook)         # uint16 [n], int64 [n]
-    offsets = word_units([end for _, end in words], frame_start, len(waveform) // HOP)
+    vocabulary = load_units("data/demo/units")               # mel or HuBERT units, whichever the folder holds
+    [(ids, frame_start)] = units([waveform], vocabulary)     # uint16 [n], int64 [n]
+    offsets = word_units([end for _, end in words], frame_start, n_frames(len(waveform), vocabulary))
     ids[offsets[i]:offsets[i + 1]]                           # the units of word i
+    resynthesise(ids, vocabulary)                            # float32 at 16 kHz again
+
+    python speech.py units x.wav --units=data/demo/units > x.json
+    python speech.py say x.json --units=data/demo/units --out=y.wav
 """
 
 import _ctypes
@@ -17,15 +21,17 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from typing import NamedTuple
 
 import numpy as np
-from scipy.fft import dct, rfft
+from scipy.fft import dct, idct, irfft, rfft
 from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16000
@@ -170,7 +176,7 @@ def espeak(text, voice="en-us", rate=175, pitch=50):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Waveform to units
+# Waveform to mel units
 #
 # What was tried. Measure: does the word nearest in normalised edit distance bear the same name (128 to 200 demo
 # stories, 360 words)? Four speakers, context 80 ms: k = 80, penalty 6 (chosen) 98.2% at 4.9 units a word; penalty 0,
@@ -190,6 +196,11 @@ class Codebook(NamedTuple):
     centroids: np.ndarray  # float32 [k, 2 * N_CEPSTRUM]
     penalty: float  # added to the squared distances wherever the unit changes
     hash: str  # sha256 of the centroids: the name of this vocabulary
+    durations: tuple = ()  # [k] mean length of a run of each unit, in unit frames; this and the voice are for speaking
+    voice: tuple = ()  # [N_MEL] mean log-mel energies of the speakers, which the features leave out
+
+    n_units = property(lambda self: len(self.centroids))
+    rate = UNIT_RATE
 
 
 @functools.cache
@@ -217,6 +228,12 @@ def log_mel(waveform):
     return np.log(mel + FLOOR * mel.mean() + 1e-10)
 
 
+def loud_mean(x, mel):
+    """The mean of the rows of x over the louder 70% of the frames of mel: of the voice, roughly, not of the pauses."""
+    loudness = mel.mean(1)
+    return x[loudness >= np.quantile(loudness, 0.3)].mean(0)
+
+
 def mel_frames(waveform):
     """
     Features of a 16 kHz waveform, float32 [4 * (n // HOP), 2 * N_CEPSTRUM], a vector every 10 ms: the mean and the
@@ -226,8 +243,7 @@ def mel_frames(waveform):
     if len(mel) == 0:
         return np.zeros((0, 2 * N_CEPSTRUM), np.float32)
     cepstrum = dct(mel, norm="ortho")[:, :N_CEPSTRUM]
-    loudness = mel.mean(1)
-    cepstrum -= cepstrum[loudness >= np.quantile(loudness, 0.3)].mean(0)
+    cepstrum -= loud_mean(cepstrum, mel)
     padded = np.pad(cepstrum, ((CONTEXT // 2, CONTEXT // 2 - 1), (0, 0)), mode="edge")
     stacked = np.lib.stride_tricks.sliding_window_view(padded, CONTEXT, axis=0)  # [n, N_CEPSTRUM, CONTEXT]
     ramp = np.arange(CONTEXT) - (CONTEXT - 1) / 2
@@ -240,13 +256,15 @@ def squared_distances(frames, centroids):
     return (frames**2).sum(1)[:, None] - 2 * frames @ centroids.T + (centroids**2).sum(1)
 
 
-def fit_mel_units(frames, k, seed, sample=30000, iterations=25):
+def fit_mel_units(recordings, k, seed, sample=30000, iterations=25, voices=(), durations_on=64):
     """
     k-means (k-means++ start, then Lloyd) on a random sample of the frames; the same seed gives the same codebook.
 
-    frames: list of mel_frames() of training recordings; k: number of units. Raises ValueError for too few frames.
+    recordings: list of mel_frames() of training recordings; k: number of units. Raises ValueError for too few frames.
+    voices: voice() of each recording, without which the units cannot be spoken; durations_on: recordings to take the
+    units' durations from.
     """
-    frames = np.concatenate(frames)
+    frames = np.concatenate(recordings)
     if len(frames) < k:
         raise ValueError(f"{len(frames)} frames are too few for {k} units")
     rng = np.random.default_rng(seed)
@@ -264,7 +282,25 @@ def fit_mel_units(frames, k, seed, sample=30000, iterations=25):
         counts = np.bincount(own, minlength=k)[:, None]
         centroids = np.where(counts > 0, sums / np.maximum(counts, 1), centroids).astype(np.float32)
     distortion = squared_distances(frames, centroids).min(1).mean()
-    return Codebook(centroids, PENALTY * float(distortion), vocabulary_hash(centroids))
+    codebook = Codebook(centroids, PENALTY * float(distortion), vocabulary_hash(centroids))
+    mean_voice = tuple(np.mean(voices, 0).astype(float).round(4).tolist()) if len(voices) else ()
+    return codebook._replace(durations=unit_durations(recordings[:durations_on], codebook), voice=mean_voice)
+
+
+def voice(waveform):
+    """Mean log-mel energies of the speech in a waveform, [N_MEL]: what mel_frames() takes away, in full detail."""
+    mel = log_mel(waveform)
+    return loud_mean(mel, mel)
+
+
+def unit_durations(recordings, codebook):
+    """Mean length in unit frames of the runs of each unit, a tuple [k]; 1 for a unit that does not occur."""
+    total, runs = np.zeros(codebook.n_units), np.zeros(codebook.n_units)
+    for frames in recordings:
+        ids, frame_start = collapse(frame_units(frames, codebook))
+        total += np.bincount(ids, np.diff(np.append(frame_start, len(frames) // (HOP // STEP))), codebook.n_units)
+        runs += np.bincount(ids, minlength=codebook.n_units)
+    return tuple(np.maximum(total / np.maximum(runs, 1), 1).round(3).tolist())
 
 
 def vocabulary_hash(centroids):
@@ -276,21 +312,46 @@ def save_mel_units(folder, codebook):
     os.makedirs(folder, exist_ok=True)
     np.save(os.path.join(folder, "centroids.npy"), codebook.centroids)
     about = dict(kind="mel", n_units=len(codebook.centroids), rate=UNIT_RATE, sample_rate=SAMPLE_RATE,
-                 penalty=codebook.penalty, features=PARAMETERS, hash=codebook.hash)
+                 penalty=codebook.penalty, features=PARAMETERS, hash=codebook.hash,
+                 durations=codebook.durations, voice=codebook.voice)
     with open(os.path.join(folder, "units.json"), "w") as file:
         json.dump(about, file, indent=1)
 
 
+def read_vocabulary(folder, kind=None):
+    """
+    (what units.json says, centroids float32 [k, d]) of a folder with a unit vocabulary.
+
+    kind: "mel" or "hubert", None for any. Raises ValueError (one line) if a file is missing, damaged or another kind's.
+    """
+    path = os.path.join(folder, "units.json")
+    try:
+        with open(path) as file:
+            about = json.load(file)
+        centroids = np.load(os.path.join(folder, "centroids.npy"), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder}: not a whole unit vocabulary ({one_line(error)}); make it again") from None
+    said = about.get("kind") if isinstance(about, dict) else None
+    if said not in ("mel", "hubert") or kind not in (said, None):
+        raise ValueError(f"{path}: kind is {said!r}, not {kind or 'mel or hubert'!r}")
+    if centroids.ndim != 2 or len(centroids) != about.get("n_units"):
+        raise ValueError(f"{folder}: centroids.npy has shape {centroids.shape}, units.json says {about.get('n_units')}")
+    if vocabulary_hash(centroids) != about.get("hash"):
+        raise ValueError(f"{folder}: centroids.npy does not fit the hash in units.json; make the data set again")
+    return about, centroids
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def load_mel_units(folder):
     """The codebook saved in a folder; ValueError if it was damaged or made with other features than this file's."""
-    with open(os.path.join(folder, "units.json")) as file:
-        about = json.load(file)
-    if about.get("kind") != "mel" or about["features"] != PARAMETERS:
+    about, centroids = read_vocabulary(folder, "mel")
+    if about.get("features") != PARAMETERS:
         raise ValueError(f"{folder}: not mel units of this version; make the data set again")
-    centroids = np.load(os.path.join(folder, "centroids.npy"))
-    if vocabulary_hash(centroids) != about["hash"]:
-        raise ValueError(f"{folder}: centroids.npy does not fit the hash in units.json; make the data set again")
-    return Codebook(centroids, about["penalty"], about["hash"])
+    durations, mean_voice = (tuple(about.get(name, ())) for name in ("durations", "voice"))  # older folders lack them
+    return Codebook(centroids, about["penalty"], about["hash"], durations, mean_voice)
 
 
 def cheapest_path(cost, penalty):
@@ -319,31 +380,413 @@ def collapse(frame_units):
     return frame_units[first].astype(np.uint16), np.flatnonzero(first)
 
 
+def frame_units(frames, codebook):
+    """The unit of each 40 ms frame, int64 [n // 4]: the path is found at 10 ms and read off in the middle of these."""
+    if len(frames) == 0:
+        return np.zeros(0, np.int64)
+    cost = squared_distances(frames, codebook.centroids)
+    return cheapest_path(cost, codebook.penalty)[HOP // STEP // 2::HOP // STEP]
+
+
 def mel_units(waveform, codebook):
     """
     Units of a 16 kHz waveform [n]: (ids uint16 without repeats, frame_start int64: the first of the n // HOP
     undeduplicated 40 ms frames of each).
     """
-    cost = squared_distances(mel_frames(waveform), codebook.centroids)
-    if len(cost) == 0:
-        return np.zeros(0, np.uint16), np.zeros(0, np.int64)
-    # The path is found at 10 ms and read off in the middle of each 40 ms frame.
-    return collapse(cheapest_path(cost, codebook.penalty)[HOP // STEP // 2::HOP // STEP])
+    return collapse(frame_units(mel_frames(waveform), codebook))
 
 
-def word_units(ends, frame_start, n_frames):
+# ---------------------------------------------------------------------------------------------------------------------
+# Waveform to HuBERT units
+#
+# The paper's units: the nearest of 500 k-means centroids to the output of layer 11 of mHuBERT at 25 Hz (TWIST, Hassid
+# et al. 2023). All in float32, on a GPU too, and without TF32: many frames lie nearly between two centroids, where less
+# precision means other units, and a language model should hear the units that its corpus was cut into elsewhere.
+#
+# Recordings are batched only with others of exactly their length. Group norm in the first convolution sees the whole
+# recording, and the batch norm before the positional convolution turns zeros into something else, so padding one would
+# change its units. A recording up to WHOLE seconds is encoded whole, as in textlesslib.
+
+WHOLE, MARGIN = 100.0, 5.0  # seconds: longer recordings are encoded in windows so long, less a margin on either side
+BATCH = 100.0  # seconds of audio encoded together
+
+
+class HubertUnits(NamedTuple):
+    model: object  # transformers.HubertModel without the layers above the one that is read
+    centroids: object  # tensor float32 [k, d] on the model's device
+    hash: str  # sha256 of the centroids
+    hop: int  # samples from one frame to the next
+    receptive_field: int  # samples that the convolutions see for one frame
+    normalize: bool  # waveforms to mean 0 and variance 1 first?
+    window: int  # frames; and the margin
+    margin: int
+
+    n_units = property(lambda self: len(self.centroids))
+    rate = property(lambda self: SAMPLE_RATE // self.hop)
+
+
+def load_hubert_units(folder, device="cpu", whole=WHOLE, margin=MARGIN):
+    """
+    The HuBERT vocabulary in a folder, as `python convert.py units` writes it.
+
+    units.json: {kind: "hubert", model: folder of a transformers HubertModel (relative to this one, or absolute), layer:
+    1 to all, n_units, rate in Hz, sample_rate, normalize, hash}; centroids.npy: float32 [n_units, hidden size].
+    whole, margin: in seconds, see above. Raises ValueError (one line) for a damaged folder, RuntimeError without
+    transformers.
+    """
+    about, centroids = read_vocabulary(folder, "hubert")
+    try:
+        import torch
+        from transformers import HubertModel
+    except ImportError:
+        raise RuntimeError("transformers is missing: pip install 'smoltolk[speech]'") from None
+    path = os.path.normpath(os.path.join(folder, about.get("model", "")))
+    try:
+        with open(os.path.join(path, "config.json")) as file:
+            kind = json.load(file).get("model_type")
+        if kind != "hubert":
+            raise ValueError(f"model_type is {kind!r}, not 'hubert'")
+        model, report = HubertModel.from_pretrained(path, output_loading_info=True, local_files_only=True)
+    except Exception as error:  # of many kinds, by what is damaged and by the version of transformers
+        raise ValueError(f"{path}: not a HuBERT model that can be loaded ({one_line(error)})") from None
+    missing = sorted(set(map(str, report["missing_keys"])) - {"masked_spec_embed"})  # this one serves training only
+    if missing or report["mismatched_keys"]:
+        raise ValueError(f"{path}: lacks {(missing or sorted(map(str, report['mismatched_keys'])))[0]}; "
+                         "copy the model again, or get a newer transformers (mHuBERT at 25 Hz needs 4.47)")
+    config, layer = model.config, about.get("layer")
+    hop = math.prod(config.conv_stride)
+    receptive_field = 1 + sum((k - 1) * math.prod(config.conv_stride[:i]) for i, k in enumerate(config.conv_kernel))
+    if layer not in range(1, config.num_hidden_layers + 1):
+        raise ValueError(f"{folder}: layer is {layer}, the model in {path} has 1 to {config.num_hidden_layers}")
+    for name, said, wanted in (("rate is", about.get("rate"), SAMPLE_RATE / hop),
+                               ("sample_rate is", about.get("sample_rate"), SAMPLE_RATE),
+                               ("centroids have size", centroids.shape[1], config.hidden_size)):
+        if said != wanted:
+            raise ValueError(f"{folder}: {name} {said}, the model in {path} means {wanted:g}")
+    model.encoder.layers = model.encoder.layers[:layer]
+    if config.do_stable_layer_norm:  # then the encoder ends with a norm, which is after all layers, not after this one
+        model.encoder.layer_norm = torch.nn.Identity()
+    model = model.eval().float().requires_grad_(False).to(device)
+    frames = [int(seconds * SAMPLE_RATE / hop) for seconds in (whole, margin)]
+    return HubertUnits(model, torch.from_numpy(centroids).float().to(device), about["hash"], hop, receptive_field,
+                       bool(about.get("normalize", False)), *frames)
+
+
+def cut(n_frames, window, margin):
+    """
+    Overlapping windows over so many frames: [(start, end, a, b), ...]; frames [a, b) are the ones kept of window
+    [start, end), at least `margin` from its edges but for those of the recording. All windows are equally long.
+    """
+    if n_frames <= window:
+        return [(0, n_frames, 0, n_frames)]
+    starts = [*range(0, n_frames - window, window - 2 * margin), n_frames - window]
+    seams = [0, *(start + margin for start in starts[1:]), n_frames]
+    return [(start, start + window, a, b) for start, a, b in zip(starts, seams[:-1], seams[1:])]
+
+
+def hubert_features(batch, vocabulary):
+    """float32 samples [b, receptive field + (t - 1) * hop + less than hop] -> tensor [b, t, d], on the device."""
+    import torch
+
+    batch = torch.as_tensor(batch).to(vocabulary.centroids.device)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return vocabulary.model(batch).last_hidden_state
+
+
+def hubert_units(waveforms, vocabulary):
+    """Units of 16 kHz waveforms, as units() returns them: n // hop frames of n samples, ends padded as slamkit does."""
+    hop, extra = vocabulary.hop, vocabulary.receptive_field - vocabulary.hop
+    frames, pieces = [], []
+    for i, waveform in enumerate(waveforms):
+        waveform = np.asarray(waveform, np.float32)
+        if vocabulary.normalize and len(waveform):
+            waveform = (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+        frames.append(np.zeros(len(waveform) // hop, np.int64))
+        padded = np.pad(waveform, (extra // 2, extra - extra // 2))
+        for start, end, a, b in cut(len(frames[i]), vocabulary.window, vocabulary.margin) if len(frames[i]) else ():
+            stop = len(padded) if end == len(frames[i]) else end * hop + extra
+            pieces.append((padded[start * hop:stop], i, start, a, b))
+    by_length = itertools.groupby(sorted(pieces, key=lambda piece: len(piece[0])), lambda piece: len(piece[0]))
+    centroids = vocabulary.centroids
+    for length, equal in by_length:
+        equal, size = list(equal), max(1, int(BATCH * SAMPLE_RATE) // length)
+        for batch in (equal[j:j + size] for j in range(0, len(equal), size)):
+            features = hubert_features(np.stack([samples for samples, *_ in batch]), vocabulary)
+            nearest = ((centroids**2).sum(1) - 2 * features @ centroids.T).argmin(-1).cpu().numpy()
+            for (_, i, start, a, b), ids in zip(batch, nearest):
+                frames[i][a:b] = ids[a - start:b - start]
+    return [collapse(ids) for ids in frames]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Either kind
+
+def load_units(folder, device="cpu"):
+    """The unit vocabulary in a folder: a Codebook or HubertUnits, with .n_units, .rate (Hz) and .hash. ValueError."""
+    if read_vocabulary(folder)[0]["kind"] == "mel":
+        return load_mel_units(folder)
+    return load_hubert_units(folder, device)
+
+
+def units(waveforms, vocabulary):
+    """
+    Units of a list of 16 kHz waveforms: for each (ids uint16 without repeats, frame_start int64, the first
+    undeduplicated frame of each). Batched inside; what a waveform gives does not depend on the others.
+    """
+    if isinstance(vocabulary, HubertUnits):
+        return hubert_units(waveforms, vocabulary)
+    return [mel_units(waveform, vocabulary) for waveform in waveforms]
+
+
+def n_frames(n_samples, vocabulary):
+    """How many undeduplicated frames so many samples have."""
+    return n_samples // (SAMPLE_RATE // vocabulary.rate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Units to waveform
+
+def resynthesise(ids, vocabulary, vocoder=None, durations=None):
+    """
+    Units without repeats [n] to a float32 waveform at 16 kHz: mel units by Griffin-Lim, others by a vocoder.
+
+    vocoder: from load_vocoder; durations: frames of each unit, int [n], otherwise what is usual for it.
+    Raises ValueError for ids outside the vocabulary, a missing vocoder, or one that was made for other units.
+    """
+    ids = np.asarray(ids)
+    if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary.n_units):
+        raise ValueError(f"units must be a list of integers from 0 to {vocabulary.n_units - 1}, the vocabulary's last")
+    ids = ids.astype(np.int64).reshape(-1)
+    if durations is not None:
+        durations = np.asarray(durations, np.int64)
+        if durations.shape != ids.shape or (durations < 1).any():
+            raise ValueError(f"{len(ids)} units need as many durations of at least one frame")
+    if vocoder is None and not isinstance(vocabulary, Codebook):
+        raise ValueError("HuBERT units need a vocoder: convert one with convert.py, and load it with load_vocoder")
+    if vocoder is not None and (vocoder.n_units, vocoder.hop) != (vocabulary.n_units, SAMPLE_RATE // vocabulary.rate):
+        raise ValueError(f"the vocoder speaks {vocoder.n_units} units of {vocoder.hop} samples, the vocabulary has "
+                         f"{vocabulary.n_units} of {SAMPLE_RATE // vocabulary.rate}")
+    if len(ids) == 0:
+        return np.zeros(0, np.float32)
+    return speak_mel_units(ids, vocabulary, durations) if vocoder is None else vocode(ids, vocoder, durations)
+
+
+def speak_mel_units(ids, codebook, durations=None):
+    """Each 10 ms frame of a unit draws a line through the CONTEXT frames around it; the cepstra are their means."""
+    if len(codebook.durations) != codebook.n_units or len(codebook.voice) != N_MEL:
+        raise ValueError("these mel units hold no durations and no voice to speak with; make the data set again")
+    if durations is None:  # the ends are rounded, not the durations, and so the speech keeps its length
+        ends = np.floor(np.cumsum(np.array(codebook.durations)[ids]) + 0.5).astype(np.int64)
+        durations = np.diff(ends, prepend=0)
+    frames = codebook.centroids[np.repeat(ids, durations * (HOP // STEP))]
+    mean, slope = frames[:, :N_CEPSTRUM], frames[:, N_CEPSTRUM:]
+    ramp = np.arange(CONTEXT) - (CONTEXT - 1) / 2
+    slope = slope * CONTEXT**0.5 / np.linalg.norm(ramp)  # as mel_frames scales it, now per frame
+    total, count = np.zeros((len(frames) + CONTEXT - 1, N_CEPSTRUM)), np.zeros((len(frames) + CONTEXT - 1, 1))
+    for j in range(CONTEXT):
+        total[j:j + len(frames)] += mean + ramp[j] * slope
+        count[j:j + len(frames)] += 1
+    cepstrum = np.zeros((len(frames), N_MEL))
+    cepstrum[:, :N_CEPSTRUM] = (total / count)[CONTEXT // 2:CONTEXT // 2 + len(frames)]
+    return griffin_lim(mel_to_magnitude(np.exp(idct(cepstrum, norm="ortho") + np.array(codebook.voice))))
+
+
+def mel_to_magnitude(mel, iterations=30):
+    """Magnitudes [n, FFT // 2 + 1] whose mel energies are nearly mel [n, N_MEL], by Lee and Seung's updates (2000)."""
+    filters = mel_matrix()
+    power = np.repeat(mel.mean(1, keepdims=True), len(filters), 1)
+    for _ in range(iterations):
+        power = power * (mel @ filters.T) / np.maximum(power @ filters @ filters.T, 1e-12)
+    return np.sqrt(power).astype(np.float32)
+
+
+def griffin_lim(magnitude, iterations=32, momentum=0.99, seed=0):
+    """
+    A waveform, float32 [n * STEP], whose frames (as in log_mel) have nearly these magnitudes [n, FFT // 2 + 1].
+
+    The fast Griffin-Lim algorithm (Perraudin, Balazs and Sondergaard 2013) from random phases; pure in its arguments.
+    """
+    n, part = len(magnitude), STEP // 2  # WINDOW is five parts long
+    window = np.hanning(WINDOW).astype(np.float32)
+
+    def overlap(frames):
+        out = np.zeros((2 * n + WINDOW // part - 2, part), np.float32)
+        for j in range(WINDOW // part):
+            out[j:j + 2 * n:2] += frames[:, j * part:(j + 1) * part]
+        return out.ravel()
+
+    def to_wave(spectrum):
+        return overlap(irfft(spectrum, FFT)[:, :WINDOW] * window) / weight
+
+    weight = np.maximum(overlap(np.broadcast_to(window**2, (n, WINDOW))), 1e-2)
+    turns = np.random.default_rng(seed).random(magnitude.shape, np.float32)
+    phase, before = np.exp(2j * np.pi * turns).astype(np.complex64), 0
+    for _ in range(iterations):
+        frames = np.lib.stride_tricks.sliding_window_view(to_wave(magnitude * phase), WINDOW)[::STEP][:n]
+        spectrum = rfft(frames * window, FFT)
+        phase = spectrum + momentum * (spectrum - before)
+        phase /= np.maximum(np.abs(phase), 1e-9)
+        before = spectrum
+    side = (WINDOW - STEP) // 2
+    return to_wave(magnitude * phase)[side:side + n * STEP]
+
+
+class Vocoder(NamedTuple):
+    """HiFi-GAN V1 over embedded units, with a predictor of their durations (textlesslib's CodeHiFiGANVocoder)."""
+    config: dict
+    weights: dict  # tensors by the names in textlesslib's checkpoint, weight norm folded in
+    n_units: int
+    hop: int  # samples for one frame
+
+
+def vocoder_shapes(config):
+    """{tensor name: shape} of a vocoder's weights; ValueError (one line) if the config is of another kind."""
+    c, shapes = config, {}
+
+    def expect(name, *shape, bias=None):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, (bias or shape[0],)
+
+    if not isinstance(c, dict):
+        raise ValueError("not the config of a unit HiFi-GAN: no object")
+    for name in ("multispkr", "multistyle", "f0", "f0_quant_num_bin", "embedder_params"):
+        if c.get(name):
+            raise ValueError(f"{name} is {c[name]!r}: vocoders with speakers, styles or pitch cannot be used here")
+    try:
+        d, channels, hop = c["embedding_dim"], c["upsample_initial_channel"], math.prod(c["upsample_rates"])
+        size, hidden, inner = (c["dur_predictor_params"][name] for name in
+                               ("var_pred_kernel_size", "var_pred_hidden_dim", "encoder_embed_dim"))
+        for name, said, wanted in (("sampling_rate", c["sampling_rate"], SAMPLE_RATE), ("encoder_embed_dim", inner, d),
+                                   ("model_in_dim", c.get("model_in_dim", d), d), ("var_pred_kernel_size", size, 3),
+                                   ("code_hop_size", c.get("code_hop_size", hop), hop)):
+            if said != wanted:
+                raise ValueError(f"{name} is {said}, not {wanted}")
+        blocks = list(zip(c["resblock_kernel_sizes"], c["resblock_dilation_sizes"], strict=True))
+        for i, (_, size) in enumerate(zip(c["upsample_rates"], c["upsample_kernel_sizes"], strict=True)):
+            here = channels >> i + 1
+            expect(f"ups.{i}", 2 * here, here, size, bias=here)
+            for j, (size, dilations) in enumerate(blocks):
+                for name in (f"convs{k}.{m}" for k in (1, 2) for m in range(len(dilations))):
+                    expect(f"resblocks.{i * len(blocks) + j}.{name}", here, here, size)
+        shapes["dict.weight"] = (c["num_embeddings"], d)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the config of a unit HiFi-GAN with durations ({one_line(error)})") from None
+    for name, *shape in (("conv_pre", channels, d, 7), ("conv_post", 1, here, 7), ("dur_predictor.proj", 1, hidden),
+                         ("dur_predictor.conv1.0", hidden, d, 3), ("dur_predictor.conv2.0", hidden, hidden, 3),
+                         ("dur_predictor.ln1", hidden), ("dur_predictor.ln2", hidden)):
+        expect(name, *shape)
+    return shapes
+
+
+def check_weights(there, shapes, path):
+    """there: {name: shape}. ValueError that names the first tensor that is missing, too much or misshaped."""
+    for name in sorted(there.keys() | shapes.keys()):
+        if there.get(name) != shapes.get(name):
+            raise ValueError(f"{path}: {name} has shape {there.get(name)}, its config means {shapes.get(name)}")
+
+
+def load_vocoder(folder, device="cpu"):
+    """The vocoder that `python convert.py vocoder` wrote into a folder; ValueError (one line) if anything is wrong."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = os.path.join(folder, "model.safetensors")
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            config = json.load(file)
+        weights = load_file(path, device=str(device))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a whole vocoder ({one_line(error)}); convert it again") from None
+    try:
+        shapes = vocoder_shapes(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    check_weights({name: tuple(tensor.shape) for name, tensor in weights.items()}, shapes, path)
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    return Vocoder(config, weights, config["num_embeddings"], math.prod(config["upsample_rates"]))
+
+
+def vocode(ids, vocoder, durations=None):
+    """Units int64 [n] to a waveform float32 [frames * hop]; durations int64 [n] in frames, None: predicted."""
+    import torch
+    from torch.nn import functional as F
+
+    w, config = vocoder.weights, vocoder.config
+
+    def conv(x, name, **how):
+        return F.conv1d(x, w[f"{name}.weight"], w[f"{name}.bias"], **how)
+
+    def predict(x):  # [n, d] -> frames [n]; the predictor gives log(1 + frames)
+        for layer in ("1", "2"):
+            x = F.relu(conv(x.T, f"dur_predictor.conv{layer}.0", padding=1)).T
+            x = F.layer_norm(x, x.shape[1:], w[f"dur_predictor.ln{layer}.weight"], w[f"dur_predictor.ln{layer}.bias"])
+        log_frames = F.linear(x, w["dur_predictor.proj.weight"], w["dur_predictor.proj.bias"])[:, 0]
+        return torch.round(torch.exp(log_frames) - 1).long().clamp(min=1)
+
+    def block(x, name, size, dilations):
+        for m, dilation in enumerate(dilations):
+            y = conv(F.leaky_relu(x, 0.1), f"{name}.convs1.{m}", dilation=dilation, padding=(size - 1) * dilation // 2)
+            x = x + conv(F.leaky_relu(y, 0.1), f"{name}.convs2.{m}", padding=(size - 1) // 2)
+        return x
+
+    blocks = list(zip(config["resblock_kernel_sizes"], config["resblock_dilation_sizes"]))
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        x = w["dict.weight"][torch.as_tensor(ids, device=w["dict.weight"].device)]
+        frames = predict(x) if durations is None else torch.as_tensor(durations, device=x.device)
+        x = conv(x.repeat_interleave(frames, 0).T, "conv_pre", padding=3)
+        for i, (rate, size) in enumerate(zip(config["upsample_rates"], config["upsample_kernel_sizes"])):
+            x = F.conv_transpose1d(F.leaky_relu(x, 0.1), w[f"ups.{i}.weight"], w[f"ups.{i}.bias"], stride=rate,
+                                   padding=(size - rate) // 2)
+            x = sum(block(x, f"resblocks.{i * len(blocks) + j}", *how) for j, how in enumerate(blocks)) / len(blocks)
+        return torch.tanh(conv(F.leaky_relu(x), "conv_post", padding=3))[0].cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words and units
+
+def word_units(ends, frame_start, n_frames, rate=UNIT_RATE):
     """
     Where words begin among collapsed units, int64 [n_words + 1]: word i is units[offsets[i]:offsets[i + 1]].
 
-    ends: end of each word in seconds, ascending; frame_start: from mel_units; n_frames: frames before collapsing.
-    Word i owns the frames [floor(25 * ends[i - 1]), floor(25 * ends[i])), so a pause belongs to the word after it;
-    a unit that straddles two words goes to the later one (a very short word may own none), and what follows the last
-    word goes to that. Raises ValueError if ends do not ascend.
+    ends: end of each word in seconds, ascending; frame_start: from units(); n_frames: frames before collapsing; rate:
+    of the units. Word i owns the frames [floor(rate * ends[i - 1]), floor(rate * ends[i])), so a pause belongs to the
+    word after it; a unit that straddles two words goes to the later one (a very short word may own none), and what
+    follows the last word goes to that. Raises ValueError if ends do not ascend.
     """
     ends = np.asarray(ends, np.float64)
     if np.any(np.diff(ends) < 0):
         raise ValueError("word ends must ascend")
-    boundary = np.floor(UNIT_RATE * ends[:-1] + 1e-6).astype(np.int64)  # 1e-6: 25 * 0.28 must not fall below 7
+    boundary = np.floor(rate * ends[:-1] + 1e-6).astype(np.int64)  # 1e-6: 25 * 0.28 must not fall below 7
     inner = np.searchsorted(frame_start, boundary, side="right") - 1
     inner = np.where(boundary >= n_frames, len(frame_start), np.maximum(inner, 0))
     return np.concatenate([[0], inner, [len(frame_start)]]).astype(np.int64)
+
+
+def main(argv):
+    from configurator import configure
+
+    usage = "python speech.py units FILE.wav --units=FOLDER, or say UNITS.json --units=FOLDER --out=FILE.wav"
+    if len(argv) < 2 or argv[0] not in ("units", "say"):
+        raise SystemExit(usage)
+    settings, _ = configure(dict(units="data/demo/units", out="units.wav", vocoder="", device="cpu"), argv[2:])
+    import soundfile
+
+    try:
+        vocabulary = load_units(settings["units"], settings["device"])
+        if argv[0] == "units":
+            waveform, rate = soundfile.read(argv[1], dtype="float32")  # stands in for read_audio
+            if rate != SAMPLE_RATE or waveform.ndim != 1:
+                raise ValueError(f"{argv[1]}: {rate} Hz, shape {waveform.shape}; give one channel at {SAMPLE_RATE} Hz")
+            print(json.dumps(units([waveform], vocabulary)[0][0].tolist()))
+        else:
+            with open(argv[1], "rb") as file:
+                ids = np.load(file, allow_pickle=False) if argv[1].endswith(".npy") else json.load(file)
+            vocoder = load_vocoder(settings["vocoder"], settings["device"]) if settings["vocoder"] else None
+            waveform = resynthesise(ids, vocabulary, vocoder)
+            soundfile.write(settings["out"], waveform / max(1.0, np.abs(waveform).max(initial=0)), SAMPLE_RATE)
+            print(f"{settings['out']}: {len(waveform) / SAMPLE_RATE:.2f} s")
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

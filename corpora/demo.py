@@ -222,8 +222,9 @@ def record(story, speaker):
 
 
 def speak_for_fit(job):
-    """Features of one recording, to fit the units on."""
-    return speech.mel_frames(record(*job)[0])
+    """Features and voice of one recording, to fit the units on."""
+    waveform, _ = record(*job)
+    return speech.mel_frames(waveform), speech.voice(waveform)
 
 
 def speak(job):
@@ -265,7 +266,8 @@ def speak_all(sets, n_units, seed, workers):
     recordings = {name: [] for name in jobs}
     bar = tqdm(total=sum(map(len, jobs.values())), desc="speaking", unit=" stories", disable=None)
     with single_threaded_pool(workers) as pool, bar:
-        codebook = speech.fit_mel_units(pool.map(speak_for_fit, jobs["paired"][:FIT_ON], 8), n_units, seed)
+        frames, voices = zip(*pool.map(speak_for_fit, jobs["paired"][:FIT_ON], 8))
+        codebook = speech.fit_mel_units(frames, n_units, seed, voices=voices)
         for name, its_jobs in jobs.items():
             its_jobs = [(*job, codebook, name == "paired" and i < EXAMPLES) for i, job in enumerate(its_jobs)]
             for recording in pool.imap(speak, its_jobs, 8):
