@@ -21,6 +21,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -37,6 +38,80 @@ from scipy.signal import resample_poly
 SAMPLE_RATE = 16000
 UNIT_RATE = 25
 HOP = SAMPLE_RATE // UNIT_RATE  # samples per unit frame: 640
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sound files
+
+SLACK = 0.1  # seconds: manifests and transcripts round, so a span may end that much after the audio does
+AV_SUFFIXES = (".g722", ".m4a", ".mp4", ".webm")  # what libsndfile cannot read
+
+
+def read_audio(path, start=0.0, end=None):
+    """
+    A sound file, or the span [start, end) of it in seconds, as mono float32 [n] at 16 kHz.
+
+    path: of a wav, flac, ogg, mp3 or NIST SPHERE (PCM) file, or the bytes of one; g722, m4a, mp4 and webm go through
+    PyAV. Only the span is read; any rate is resampled, channels are averaged.
+    Raises ValueError "unreadable audio: ...", "empty audio: ...", "audio is not finite: ..." or "span outside the
+    audio: ...".
+    """
+    import soundfile
+
+    name = "sound in a record" if isinstance(path, bytes) else path
+    try:
+        with io.BytesIO(path) if isinstance(path, bytes) else open(path, "rb") as file:
+            head = file.read(1024)
+        if not head:
+            raise ValueError(f"empty audio: {name} has no bytes")
+        if head.startswith(b"NIST_1A") and b"shorten" in head:
+            raise ValueError(f"unreadable audio: {name} is compressed with shorten; convert it: sph2pipe -f wav")
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith(AV_SUFFIXES):
+            path = decode_with_av(path)
+        with soundfile.SoundFile(io.BytesIO(path) if isinstance(path, bytes) else path) as file:
+            rate, seconds = file.samplerate, file.frames / file.samplerate
+            if file.frames == 0:
+                raise ValueError(f"empty audio: {name} has no samples")
+            if not 0 <= start < min(seconds, math.inf if end is None else end) or (end or 0) > seconds + SLACK:
+                raise ValueError(f"span outside the audio: [{start}, {end}) of {seconds:.2f} s in {name}")
+            first, last = round(start * rate), file.frames if end is None else min(round(end * rate), file.frames)
+            file.seek(first)
+            samples = file.read(last - first, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ValueError(f"unreadable audio: {name} ({' '.join(str(error).split())})") from None
+    if len(samples) == 0:
+        raise ValueError(f"empty audio: [{start}, {end}) holds no sample of {name}")
+    if len(samples) < last - first - SLACK * rate:
+        broken = (first + len(samples)) / rate
+        raise ValueError(f"unreadable audio: {name} breaks off after {broken:.2f} of {seconds:.2f} s")
+    samples = samples.mean(1)
+    if not np.isfinite(samples).all():
+        raise ValueError(f"audio is not finite: {name} has NaN or infinite samples")
+    if rate != SAMPLE_RATE:
+        divisor = math.gcd(SAMPLE_RATE, rate)
+        samples = resample_poly(samples, SAMPLE_RATE // divisor, rate // divisor).astype(np.float32)
+    return samples
+
+
+def decode_with_av(path):
+    """A whole file that FFmpeg can decode as the bytes of a wav; ValueError "unreadable audio: ..."."""
+    import soundfile
+
+    try:
+        import av
+    except ImportError:
+        raise RuntimeError(f"PyAV, which {path} needs, is missing: pip install av") from None
+    try:
+        with av.open(os.fspath(path)) as container:
+            rate = container.streams.audio[0].rate
+            resampler = av.AudioResampler("flt", "mono", rate)
+            frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
+            samples = [frame.to_ndarray()[0] for frame in frames + resampler.resample(None)]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"unreadable audio: {path} ({one_line(error)})") from None
+    out = io.BytesIO()
+    soundfile.write(out, np.concatenate(samples or [np.zeros(0, np.float32)]), rate, format="WAV", subtype="FLOAT")
+    return out.getvalue()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text to waveform and word times, with espeak-ng through ctypes
@@ -761,29 +836,105 @@ def word_units(ends, frame_start, n_frames, rate=UNIT_RATE):
     return np.concatenate([[0], inner, [len(frame_start)]]).astype(np.int64)
 
 
+def draw_utterance(waveform, vocabulary, words, offsets, path, seconds=4.0):
+    """
+    A picture of the first seconds of a recording: waveform, spectrogram, units and words on one time axis.
+
+    words: strings; offsets: where they begin among the units [len(words) + 1], as from word_units.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    seconds = min(seconds, len(waveform) / SAMPLE_RATE)
+    [(ids, frame_start)] = units([waveform], vocabulary)
+    starts = np.append(frame_start, n_frames(len(waveform), vocabulary)) / vocabulary.rate
+    figure, (wave, mel, row, names) = plt.subplots(
+        4, 1, figsize=(16, 6), sharex=True, gridspec_kw=dict(height_ratios=[2, 5, 1, 1]), layout="constrained")
+    wave.plot(np.arange(len(waveform)) / SAMPLE_RATE, waveform, linewidth=0.4)
+    wave.set_ylabel("waveform")
+    wave.set_title(" ".join(words), fontsize=9)
+    energies = log_mel(waveform)
+    extent = (0, len(energies) * STEP / SAMPLE_RATE, 0, N_MEL)
+    mel.imshow(energies.T, origin="lower", aspect="auto", extent=extent, cmap="magma")
+    mel.set_ylabel("mel channel")
+    colours = plt.get_cmap("tab20")
+    for unit, a, b in zip(ids.tolist(), starts, starts[1:]):
+        row.axvspan(a, b, color=colours(unit % 20))
+        if a < seconds:
+            row.text((a + min(b, seconds)) / 2, 0.5, str(unit), ha="center", va="center", fontsize=7)
+    row.set_ylabel("units")
+    for word, a, b in zip(words, starts[offsets], starts[offsets[1:]]):
+        if a < seconds and a < b:
+            names.text((a + min(b, seconds)) / 2, 0.5, word, ha="center", va="center", fontsize=9)
+        for axis in (wave, mel, row, names):
+            axis.axvline(b, color="white" if axis is mel else "black", linewidth=1)
+    names.set_ylabel("words")
+    names.set_xlabel("seconds")
+    for axis in (row, names):
+        axis.set_yticks([])
+    names.set_xlim(0, seconds)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+USAGE = """\
+python speech.py units CLIP --units=FOLDER                                   its units, as json
+python speech.py say UNITS.json|.npy --units=FOLDER --out=say.wav [--vocoder=FOLDER]
+python speech.py draw CLIP --units=FOLDER --out=clip.png --times=CLIP.TextGrid|.WRD|.json
+python speech.py draw CLIP --units=FOLDER --out=clip.png --text="what is said" --aligner=pocketsphinx|FOLDER"""
+
+
+def timed_transcript(clip, waveform, settings):
+    """(words, their ends in seconds) of a clip, from --times or from --text and --aligner; ValueError if neither."""
+    from words import align, load_aligner, read_textgrid, read_timed_json, read_wrd
+
+    if settings["times"]:
+        readers = {".textgrid": read_textgrid, ".wrd": read_wrd, ".json": read_timed_json}
+        reader = readers.get(os.path.splitext(settings["times"])[1].lower())
+        if reader is None:
+            raise ValueError(f"{settings['times']}: its name ends in none of {', '.join(readers)}")
+        timed = reader(settings["times"])
+        return [text for text, _, _ in timed], np.maximum.accumulate([end for _, _, end in timed])
+    if not (settings["text"] and settings["aligner"]):
+        raise ValueError(f"{clip}: which words, and when? give --times=FILE, or --text=WORDS and --aligner=NAME")
+    [spans] = align([waveform], [settings["text"]], load_aligner(settings["aligner"], settings["device"]))
+    if isinstance(spans, ValueError):
+        raise spans
+    return settings["text"].split(), [end for _, end in spans]
+
+
 def main(argv):
     from configurator import configure
 
-    usage = "python speech.py units FILE.wav --units=FOLDER, or say UNITS.json --units=FOLDER --out=FILE.wav"
-    if len(argv) < 2 or argv[0] not in ("units", "say"):
-        raise SystemExit(usage)
-    settings, _ = configure(dict(units="data/demo/units", out="units.wav", vocoder="", device="cpu"), argv[2:])
-    import soundfile
-
+    if len(argv) < 2 or argv[0] not in ("units", "say", "draw"):
+        raise SystemExit(USAGE)
+    command, file = argv[:2]
+    settings, _ = configure(dict(units="data/demo/units", out="", vocoder="", device="cpu", text="", times="",
+                                 aligner=""), argv[2:])
+    out = settings["out"] or dict(units="", say="say.wav", draw="clip.png")[command]
     try:
         vocabulary = load_units(settings["units"], settings["device"])
-        if argv[0] == "units":
-            waveform, rate = soundfile.read(argv[1], dtype="float32")  # stands in for read_audio
-            if rate != SAMPLE_RATE or waveform.ndim != 1:
-                raise ValueError(f"{argv[1]}: {rate} Hz, shape {waveform.shape}; give one channel at {SAMPLE_RATE} Hz")
-            print(json.dumps(units([waveform], vocabulary)[0][0].tolist()))
-        else:
-            with open(argv[1], "rb") as file:
-                ids = np.load(file, allow_pickle=False) if argv[1].endswith(".npy") else json.load(file)
+        if command == "say":
+            import soundfile
+
+            with open(file, "rb") as opened:
+                ids = np.load(opened, allow_pickle=False) if file.endswith(".npy") else json.load(opened)
             vocoder = load_vocoder(settings["vocoder"], settings["device"]) if settings["vocoder"] else None
             waveform = resynthesise(ids, vocabulary, vocoder)
-            soundfile.write(settings["out"], waveform / max(1.0, np.abs(waveform).max(initial=0)), SAMPLE_RATE)
-            print(f"{settings['out']}: {len(waveform) / SAMPLE_RATE:.2f} s")
+            soundfile.write(out, waveform / max(1.0, np.abs(waveform).max(initial=0)), SAMPLE_RATE)
+            print(f"{out}: {len(waveform) / SAMPLE_RATE:.2f} s")
+            return
+        waveform = read_audio(file)
+        [(ids, frame_start)] = units([waveform], vocabulary)
+        if command == "units":
+            print(json.dumps(ids.tolist()))
+            return
+        words, ends = timed_transcript(file, waveform, settings)
+        offsets = word_units(ends, frame_start, n_frames(len(waveform), vocabulary), vocabulary.rate)
+        draw_utterance(waveform, vocabulary, words, offsets, out)
+        print(f"{out}: {len(words)} words, {len(ids)} units")
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
 

@@ -363,49 +363,10 @@ def write_examples(out, recordings, codebook):
         wavfile.write(os.path.join(folder, f"{i}.wav"), speech.SAMPLE_RATE, recording.waveform)
         with open(os.path.join(folder, f"{i}.txt"), "w") as file:
             file.write(" ".join(recording.story.sentences) + "\n")
-    draw_utterance(examples[0], codebook, os.path.join(out, "utterance.png"))
-
-
-def draw_utterance(recording, codebook, path):
-    """A picture of a recording: spectrogram, units and words on one time axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    waveform = recording.waveform.astype(np.float32) / 32767
-    seconds = min(4.0, recording.seconds)
-    ids, frame_start = speech.mel_units(waveform, codebook)
-    starts = np.append(frame_start, len(waveform) // speech.HOP) / speech.UNIT_RATE
-    figure, (top, middle, bottom) = plt.subplots(
-        3, 1, figsize=(16, 5), sharex=True, gridspec_kw=dict(height_ratios=[5, 1, 1]), layout="constrained"
-    )
-    mel = speech.log_mel(waveform)
-    extent = (0, len(mel) * speech.STEP / speech.SAMPLE_RATE, 0, mel.shape[1])
-    top.imshow(mel.T, origin="lower", aspect="auto", extent=extent, cmap="magma")
-    top.set_ylabel("mel channel")
-    top.set_title(" ".join(recording.story.sentences), fontsize=9)
-    colours = plt.get_cmap("tab20")
-    for i, unit in enumerate(ids):
-        middle.axvspan(starts[i], starts[i + 1], color=colours(int(unit) % 20))
-        if starts[i] < seconds:
-            middle.text((starts[i] + starts[i + 1]) / 2, 0.5, str(unit), ha="center", va="center", fontsize=7)
-    middle.set_ylabel("units")
-    words, first = " ".join(recording.story.sentences).split(), 0
-    for word, its_units in zip(words, recording.units):
-        a, b = starts[first], starts[first + len(its_units)]
-        first += len(its_units)
-        if a < seconds:
-            bottom.text((a + b) / 2, 0.5, word, ha="center", va="center", fontsize=9)
-        for axis in (top, middle, bottom):
-            axis.axvline(b, color="white" if axis is top else "black", linewidth=1)
-    bottom.set_ylabel("words")
-    bottom.set_xlabel("seconds")
-    for axis in (middle, bottom):
-        axis.set_yticks([])
-    bottom.set_xlim(0, seconds)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    first = examples[0]
+    words, offsets = " ".join(first.story.sentences).split(), np.cumsum([0, *map(len, first.units)])
+    waveform = first.waveform / np.float32(32767)
+    speech.draw_utterance(waveform, codebook, words, offsets, os.path.join(out, "utterance.png"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

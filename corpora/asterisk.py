@@ -1,0 +1,35 @@
+"""
+Asterisk's core sounds: half a thousand telephone prompts, 24 minutes of one woman's real speech, from a Debian package.
+
+    apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-g722
+    for package in asterisk-core-sounds-en*.deb; do dpkg -x $package asterisk; done
+    python -m corpora.asterisk --source=asterisk --out=data/asterisk --units=data/demo/units \\
+        --tokenizer=data/demo/tokenizer.json --aligner=pocketsphinx
+
+CC BY-SA 3.0, recorded by Allison Smith. Layout: usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz with lines
+`digits/7: seven`, and usr/share/asterisk/sounds/en_US_f_Allison/digits/7.g722 (16 kHz; needs PyAV). What stands in
+brackets is not said: tones, silence, the sign that a letter's name is of.
+"""
+
+import gzip
+import re
+
+from corpora import common, files
+
+
+def find(source, settings):
+    return files.find_files(source, ["core-sounds-en.txt.gz"])
+
+
+def read(path, settings):
+    sounds = path.parents[3] / "share/asterisk/sounds/en_US_f_Allison"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            name, colon, text = line.partition(": ")
+            text = re.sub(r"\[[^]]*\]|\([^)]*\)", "", text).strip()
+            if colon and text and not line.startswith(";"):
+                yield common.Item(name, str(sounds / f"{name}.g722"), text=text)
+
+
+if __name__ == "__main__":
+    common.main("asterisk", find, read)
