@@ -2,7 +2,7 @@
 #   torchrun --nproc_per_node=4 train.py config/train_150m.py
 init_from = "weights/smollm-135m"
 tokenizer = "weights/smollm-135m/tokenizer.json"
-units = "data/units"  # the mHuBERT 25 Hz, 500 unit vocabulary
+units = "units/mhubert"  # 500 units at 25 Hz, from convert.py
 
 # Table 6. Text as SmolLM saw it; speech by size; interleaved with the Spoken Wikipedia drawn more often than its size
 text = {"data/fineweb-edu": 0.7, "data/cosmopedia-v2": 0.15, "data/python-edu": 0.08, "data/finemath": 0.06}

@@ -47,8 +47,8 @@ import speech
 from configurator import configure
 from words import align, load_aligner, match_words
 
-DEFAULTS = dict(source="", out="", kind="paired", units="", tokenizer="", aligner="", shard="0/1", workers=2,
-                device="auto", part_tokens=1 << 26, max_seconds=300.0)
+DEFAULTS = dict(source="", out="", kind="paired", units="", tokenizer="", aligner="", shard="0/1",
+                workers=os.cpu_count() or 1, device="auto", part_tokens=1 << 26, max_seconds=300.0)
 BLOCK = dict(text=256, speech=64, paired=64)  # items to a block; memory holds one part and AHEAD + 1 blocks
 CHUNK = dict(text=16, speech=4, paired=4)  # items that a worker takes at once
 AHEAD = 2  # blocks under way while one is being finished

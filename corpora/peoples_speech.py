@@ -2,7 +2,7 @@
 The People's Speech: 30,000 hours of English, mostly talk, with transcripts (Galvez et al., 2021;
 hub: MLCommons/peoples_speech; CC BY and CC BY-SA).
 
-    python -m corpora.peoples_speech --source=peoples_speech/clean --out=data/peoples_speech --kind=speech \\
+    python -m corpora.peoples_speech --source=peoples_speech/clean --out=data/peoples-speech --kind=speech \\
         --units=units/mhubert
 
 Layouts: the hub's parquet files (SUBSET/train-*.parquet with the columns id, audio {bytes, path}, text), or the
