@@ -109,8 +109,8 @@ def rotary_table(config):
 
 
 def rotate(x, rope):
-    """x [B, T, H, head_dim], rope [2, T, head_dim]."""
-    cos, sin = rope[:, :, None].to(x.dtype)  # [T, 1, head_dim]
+    """x [B, T, H, head_dim], rope [2, T, head_dim] or [2, B, T, head_dim]."""
+    cos, sin = rope[..., None, :].to(x.dtype)  # [(B,) T, 1, head_dim]
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -119,6 +119,21 @@ class Runs(NamedTuple):
     mask: Tensor | None        # [B, 1, T, T] bool, for torch's kernels
     bounds: Tensor | None      # [runs + 1] int32, cumulated lengths over the flattened [B*T], for flash-attn
     longest: int = 0
+
+
+class Tree(NamedTuple):
+    """Rows that hold many sequences, beginnings that they share only once: prefix trees, their nodes depth first.
+
+    A node sees its ancestors and itself, and stands at the position that their number gives, as in a sequence alone.
+    """
+    parent: Tensor  # [B, T] where the token before it stands; itself at a root
+    end: Tensor     # [B, T] the nodes below node i, and i itself, are i .. end-1
+    source: Tensor  # [B, M] the node that predicts each target: one node may predict several
+
+    def sees(self):
+        """[B, T, T] bool: does node i see node j?"""
+        i = torch.arange(self.end.size(1), device=self.end.device)[:, None]
+        return (i >= i.T) & (i < self.end[:, None])
 
 
 def find_runs(is_speech, flash):
@@ -132,6 +147,14 @@ def find_runs(is_speech, flash):
     run = starts.cumsum(1)
     causal = torch.ones(T, T, dtype=torch.bool, device=is_speech.device).tril()
     return Runs((run[:, None, :, None] == run[:, None, None, :]) & causal, None)
+
+
+def find_tree_runs(is_speech, tree):
+    """The same in a Tree: count changes on the way from the root; an ancestor with the same count is in the run."""
+    sees = tree.sees()
+    changes = is_speech != is_speech.gather(1, tree.parent)
+    run = (sees & changes[:, None]).sum(-1)
+    return Runs((sees & (run[:, :, None] == run[:, None]))[:, None], None)
 
 
 def attend(q, k, v, runs=None):
@@ -240,29 +263,39 @@ class SmolTolk(nn.Module):
             nn.init.zeros_(layer.self_attn.o_proj.weight)          # plain embeddings, and learning starts much faster
             nn.init.zeros_(layer.mlp.down_proj.weight)
 
-    def forward(self, ids, targets=None, text_rows=0, want=(), logits=None):
+    def forward(self, ids, targets=None, text_rows=0, want=(), logits=None, tree=None):
         """
         ids, targets  int64 [B, T]. Targets are the next ids; negative ones and switch tokens are not scored.
         text_rows     the first text_rows rows hold no speech, in ids and targets: the speech modules skip them
         want          names of extras to return: "logp", "omega", "hidden"
         logits        slice of positions to return the logits of both heads for, e.g. slice(-1, None)
+        tree          Tree, if the rows are no plain sequences; targets are then [B, M]. text_rows must be 0 or B
         """
-        if ids.size(1) > self.rope.size(1):
-            raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
-        rope = self.rope[:, :ids.size(1)]
+        runs = None
+        if tree is None:
+            if ids.size(1) > self.rope.size(1):
+                raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
+            rope = self.rope[:, :ids.size(1)]
+        else:
+            sees = tree.sees()
+            rope, runs = self.rope[:, sees.sum(-1) - 1], Runs(sees[:, None], None)
         z = self.embed(ids)                                   # [B, T, d]
-        x = self.adapt_input(z, ids, rope, text_rows)         # [B, T, d]
+        x = self.adapt_input(z, ids, rope, text_rows, tree)   # [B, T, d]
         hidden = [x]
         for layer in self.model.layers:
-            hidden.append(layer(hidden[-1], rope))
+            hidden.append(layer(hidden[-1], rope, runs))
         hidden[-1] = self.model.norm(hidden[-1])
 
         pooled, log_omega = self.pool([h[text_rows:] for h in hidden[1:]])
         speech = pooled + z[text_rows:] if self.config.residual else pooled  # Eq. 5
-        for layer in self.output_adapter:
-            speech = layer(speech, rope)                      # [B - text_rows, T, d]
+        for layer in self.output_adapter if tree is None or not text_rows else ():
+            speech = layer(speech, rope, runs)                # [B - text_rows, T, d]
 
-        scores = self.score(hidden[-1], speech, log_omega, targets, text_rows, "logp" in want)
+        heads = hidden[-1], speech, log_omega
+        if tree is not None:  # from nodes to the targets that they predict
+            heads = (x if x is None else x.gather(1, tree.source[:len(x), :, None].expand(len(x), -1, x.size(-1)))
+                     for x in heads)
+        scores = self.score(*heads, targets, text_rows, "logp" in want)
         return Output(
             *scores,
             omega=log_omega.exp() if "omega" in want and log_omega is not None else None,
@@ -277,14 +310,17 @@ class SmolTolk(nn.Module):
         new = self.speech_embed((ids - V).clamp(min=0))
         return torch.where((ids < V)[..., None], text, new)
 
-    def adapt_input(self, z, ids, rope, text_rows):
+    def adapt_input(self, z, ids, rope, text_rows, tree=None):
         """The input adapter over each contiguous run of speech by itself; text and switch embeddings pass untouched."""
-        if not self.input_adapter:
+        if not self.input_adapter or (tree is not None and text_rows):
             return z
         z_text, z, ids = z[:text_rows], z[text_rows:], ids[text_rows:]
         is_speech = (ids >= self.config.vocab_size) & (ids != self.config.switch)
         half = z.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(z.device.type)
-        runs = find_runs(is_speech, flash=flash_attn_varlen_func is not None and z.is_cuda and half)
+        if tree is not None:
+            runs = find_tree_runs(is_speech, tree)
+        else:
+            runs = find_runs(is_speech, flash=flash_attn_varlen_func is not None and z.is_cuda and half)
         x = z
         for layer in self.input_adapter:
             x = layer(x, rope, runs)

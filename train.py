@@ -33,6 +33,7 @@ import data
 import evaluate
 import model as smoltolk
 from configurator import configure, fit, nearest
+from evaluate import all_sum, join_world
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
@@ -106,36 +107,6 @@ STAGE = dict(steps=0, mixture={}, train="all", learning_rate=3e-4, speech_learni
 DEMO = dict(tokenizer="tokenizer.json", units="units", text="text", speech="paired", interleaved="paired",
             val_text="val", val_speech="val", val_interleaved="val", cloze="cloze")  # what lies where in that folder
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense, FLOP/s
-
-
-class World(NamedTuple):
-    """Where this process stands among all."""
-    rank: int
-    local_rank: int  # on its machine
-    size: int
-    device: torch.device
-
-
-def join_world(device_name):
-    """Join the processes that torchrun started, or be alone."""
-    name = evaluate.pick_device(device_name)
-    rank, local_rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    world = World(rank, local_rank, size, torch.device(name, local_rank) if name == "cuda" else torch.device(name))
-    if name == "cuda":
-        torch.cuda.set_device(world.device)
-    if "RANK" in os.environ:
-        nccl = name == "cuda"
-        dist.init_process_group("nccl" if nccl else "gloo", device_id=world.device if nccl else None)
-    return world
-
-
-def all_sum(values, world):
-    """Sum numbers over all processes -> float64 tensor on the CPU."""
-    values = torch.as_tensor(values).cpu().double()
-    if dist.is_initialized():
-        values = values.to(world.device)  # nccl only reduces there
-        dist.all_reduce(values)
-    return values.cpu()
 
 
 def pick_dtype(name, device):

@@ -162,7 +162,7 @@ def test_global_batches_do_not_depend_on_the_processes(demo_folder):
     for size in (1, 2, 3, 4, 6, 12):
         rows = []
         for rank in range(size):
-            world = train.World(rank, 0, size, torch.device("cpu"))
+            world = evaluate.World(rank, 0, size, torch.device("cpu"))
             stage = dict(mixture=dict(text=1, speech=1, interleaved=1))
             batches = train.step_batches(c, config, sources, stage, 2, world)(7)
             assert len(batches) == -(-12 // size // 5) or size == 1
@@ -238,7 +238,7 @@ def test_a_run_is_never_overwritten(run, demo_folder):
 @pytest.mark.parametrize("config", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_is_sound(config):
     settings, name = configurator.configure(train.DEFAULTS, [str(config)], train.complete_stages)
-    c = train.check_settings(settings, name, train.World(0, 0, 4, torch.device("cpu")))
+    c = train.check_settings(settings, name, evaluate.World(0, 0, 4, torch.device("cpu")))
     assert c.out_dir == f"out/{config.stem}"
     parts = [c.input_adapter_layers, c.output_adapter_layers, c.layer_pooling, c.residual]
     expected = [2, 2, "dynamic", True]
@@ -296,8 +296,12 @@ class Oracle:
     def parameters(self):
         yield torch.zeros(1)
 
-    def __call__(self, ids, targets, want):
-        self.seen += ids.tolist()
+    def __call__(self, ids, targets, text_rows, want, tree):
+        for row, parents in zip(ids.tolist(), tree.parent.tolist()):
+            ways = []
+            for token, parent in zip(row, parents):
+                ways.append([*(ways[parent] if parent < len(ways) else ()), token])
+            self.seen += ways
         logp = torch.where(torch.isin(targets, torch.tensor(self.liked)), -1.0, -3.0)
         return SimpleNamespace(logp=logp * (targets >= 0))
 
@@ -322,7 +326,7 @@ def test_topic_cloze_counts_and_layout(tmp_path):
     some = evaluate.topic_cloze(oracle, data.open_set(tmp_path / "cloze"), items=[3, 1])
     assert some["S->T"].tolist() == [0.5, 1] and len(evaluate.topic_cloze(oracle, data.open_set(tmp_path / "cloze"),
                                                                           items=[])["T"]) == 0
-    starts = {tuple(row[:4]) for row in oracle.seen if row[3] != 0}
+    starts = {tuple(way[:4]) for way in oracle.seen}
     assert (0, 1, 2, 30) in starts and (60, 51, 52, 53) in starts  # no switch token inside one modality
     assert (0, 1, 2, 61) in starts and (60, 51, 52, 61) in starts
 
