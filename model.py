@@ -23,6 +23,7 @@ SmolTolk: a Llama text decoder that also hears and speaks in discrete speech uni
 
 Without input adapter, output adapter, pooling and residual this is the vocabulary-expansion baseline: every ablation
 of the paper's Table 2 is a switch in Config. There is one forward pass, for training, scoring, sampling and analysis.
+Given a Cache of what stands before, it reads only what is new.
 """
 import dataclasses
 import json
@@ -109,7 +110,7 @@ def rotary_table(config):
 
 
 def rotate(x, rope):
-    """x [B, T, H, head_dim], rope [2, T, head_dim] or [2, B, T, head_dim]."""
+    """x [B, T, H, head_dim], rope [2, T, head_dim] or, where rows stand at different positions, [2, B, T, head_dim]."""
     cos, sin = rope[..., None, :].to(x.dtype)  # [(B,) T, 1, head_dim]
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
@@ -149,18 +150,80 @@ def find_runs(is_speech, flash):
     return Runs((run[:, None, :, None] == run[:, None, None, :]) & causal, None)
 
 
-def find_tree_runs(is_speech, tree):
+def find_tree_runs(is_speech, tree, sees):
     """The same in a Tree: count changes on the way from the root; an ancestor with the same count is in the run."""
-    sees = tree.sees()
     changes = is_speech != is_speech.gather(1, tree.parent)
     run = (sees & changes[:, None]).sum(-1)
     return Runs((sees & (run[:, :, None] == run[:, None]))[:, None], None)
 
 
+class Cache(NamedTuple):
+    """What was read so far, for a forward pass that goes on from there: preallocated tensors, filled in place.
+
+    Row b reads its next symbols from position[b] on, which the caller moves. Slots from there on are of no account and
+    get written over. So rows of unlike length share a batch: pad them on the right, then set position to their lengths.
+    """
+    input_adapter: list   # of each layer its (keys, values), [B, length, H_kv, head_dim] each
+    backbone: list
+    output_adapter: list
+    speech: Tensor        # [B, length] bool, which slots hold speech: the input adapter starts anew after any other
+    position: Tensor      # [B] int64, how many symbols have been read
+
+
+class Past(NamedTuple):
+    """A cache as one layer sees it in one forward pass."""
+    keys: Tensor      # [B, length, H_kv, head_dim]
+    values: Tensor
+    slots: Tensor     # [B, T] int64, where the new keys and values go
+    mask: Tensor      # [B, T, length] bool, the slots that each new position attends to
+
+
+def new_cache(model, rows, length):
+    """An empty Cache for rows of up to length symbols, on the model's device and in its precision."""
+    c, like = model.config, model.model.embed_tokens.weight
+    if length > c.max_position_embeddings:
+        raise ValueError(f"{length} positions, the model has max_position_embeddings={c.max_position_embeddings}")
+    shape = rows, length, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
+    stacks = ([(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(n)]  # zeros: 0 weight times NaN is NaN
+              for n in (c.input_adapter_layers, c.num_hidden_layers, c.output_adapter_layers))
+    speech = torch.zeros(rows, length, dtype=torch.bool, device=like.device)
+    return Cache(*stacks, speech, torch.zeros(rows, dtype=torch.long, device=like.device))
+
+
+def look_back(cache, is_speech):
+    """Give new symbols, is_speech [B, T] bool, their slots [B, T] in a cache: (slots, Pasts of its three stacks)."""
+    slots = cache.position[:, None] + torch.arange(is_speech.size(1), device=is_speech.device)
+    cache.speech.scatter_(1, slots, is_speech)
+    slot, own = torch.arange(cache.speech.size(1), device=is_speech.device), slots[..., None]
+    seen = slot <= own  # [B, T, length]
+    start = ((slot + 1) * (seen & ~cache.speech[:, None])).amax(-1, keepdim=True)  # after the last slot without speech
+    run = seen & (slot >= start) | (slot == own)  # text sees itself: of nothing some kernels make NaN
+    masks = zip(cache[:3], (run, seen, seen))
+    return slots, *([Past(keys, values, slots, mask) for keys, values in stack] for stack, mask in masks)
+
+
+def attend_past(q, k, v, past):
+    """Attention to the slots of a cache, after the new k and v are put into theirs. Shapes as in attend."""
+    B, T, H, head_dim = q.shape
+    index = past.slots[..., None, None].expand_as(k)
+    keys, values = (t.scatter_(1, index, new).transpose(1, 2) for t, new in ((past.keys, k), (past.values, v)))
+    # query heads that share a key head stand side by side as if they were positions, so that no key is repeated
+    shared = H // k.size(2)
+    q = q.unflatten(2, (-1, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H_kv, shared * T, head_dim]
+    mask = past.mask[:, None, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return y.unflatten(2, (shared, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def attend(q, k, v, runs=None):
-    """Causal attention, over the whole row or inside each run. q [B, T, H, head_dim]; k, v [B, T, H_kv, head_dim]."""
+    """Causal attention, over the whole row, inside each of its Runs, or with the Past before it.
+
+    q [B, T, H, head_dim]; k, v [B, T, H_kv, head_dim] -> [B, T, H, head_dim].
+    """
     if q.size(0) == 0:  # flash-attn refuses an empty batch; so written, every parameter still gets its zero gradient
         return q + k.sum() + v.sum()
+    if isinstance(runs, Past):
+        return attend_past(q, k, v, runs)
     if runs is not None and runs.bounds is not None:
         packed = (t.flatten(0, 1) for t in (q, k, v))  # [B*T, H, head_dim]
         y = flash_attn_varlen_func(*packed, runs.bounds, runs.bounds, runs.longest, runs.longest, causal=True)
@@ -263,45 +326,71 @@ class SmolTolk(nn.Module):
             nn.init.zeros_(layer.self_attn.o_proj.weight)          # plain embeddings, and learning starts much faster
             nn.init.zeros_(layer.mlp.down_proj.weight)
 
-    def forward(self, ids, targets=None, text_rows=0, want=(), logits=None, tree=None):
+    def forward(self, ids, targets=None, text_rows=0, want=(), logits=None, heads=("text", "speech"), tree=None,
+                cache=None):
         """
         ids, targets  int64 [B, T]. Targets are the next ids; negative ones and switch tokens are not scored.
         text_rows     the first text_rows rows hold no speech, in ids and targets: the speech modules skip them
         want          names of extras to return: "logp", "omega", "hidden"
-        logits        slice of positions to return the logits of both heads for, e.g. slice(-1, None)
-        tree          Tree, if the rows are no plain sequences; targets are then [B, M]. text_rows must be 0 or B
+        logits        slice of positions to return the logits of the heads for, e.g. slice(-1, None)
+        tree          Tree, if the rows are no plain sequences; targets are then [B, M], and text_rows is 0 or B
+        cache         what stands before ids: read, and filled further, but its position is the caller's to move. It
+                      must have room for ids; text_rows must be 0
         """
-        runs = None
-        if tree is None:
-            if ids.size(1) > self.rope.size(1):
-                raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
-            rope = self.rope[:, :ids.size(1)]
-        else:
-            sees = tree.sees()
-            rope, runs = self.rope[:, sees.sum(-1) - 1], Runs(sees[:, None], None)
+        if tree is None and ids.size(1) > self.rope.size(1):
+            raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
+        if cache is not None and text_rows:
+            raise ValueError(f"text_rows={text_rows}: with a cache all rows go through the speech modules")
+        rope, *views = self.look(ids, text_rows, tree, cache)
+        speech_rope = rope if rope.dim() == 3 else rope[:, text_rows:]
         z = self.embed(ids)                                   # [B, T, d]
-        x = self.adapt_input(z, ids, rope, text_rows, tree)   # [B, T, d]
+        x = self.adapt_input(z, ids, speech_rope, text_rows, views[0])  # [B, T, d]
         hidden = [x]
-        for layer in self.model.layers:
-            hidden.append(layer(hidden[-1], rope, runs))
+        for layer, view in zip(self.model.layers, views[1]):
+            hidden.append(layer(hidden[-1], rope, view))
         hidden[-1] = self.model.norm(hidden[-1])
 
         pooled, log_omega = self.pool([h[text_rows:] for h in hidden[1:]])
         speech = pooled + z[text_rows:] if self.config.residual else pooled  # Eq. 5
-        for layer in self.output_adapter if tree is None or not text_rows else ():
-            speech = layer(speech, rope, runs)                # [B - text_rows, T, d]
+        for layer, view in zip(self.output_adapter, views[2]):
+            speech = layer(speech, speech_rope, view)         # [B - text_rows, T, d]
 
-        heads = hidden[-1], speech, log_omega
-        if tree is not None:  # from nodes to the targets that they predict
-            heads = (x if x is None else x.gather(1, tree.source[:len(x), :, None].expand(len(x), -1, x.size(-1)))
-                     for x in heads)
-        scores = self.score(*heads, targets, text_rows, "logp" in want)
+        zero = torch.zeros((), device=ids.device)
+        scores = zero, zero, zero, 0, 0, None
+        if targets is not None:
+            at = hidden[-1], speech, log_omega
+            if tree is not None:  # from nodes to the targets that they predict
+                at = (x if x is None else x.gather(1, tree.source[:len(x), :, None].expand(len(x), -1, x.size(-1)))
+                      for x in at)
+            scores = self.score(*at, targets, text_rows, "logp" in want)
         return Output(
             *scores,
             omega=log_omega.exp() if "omega" in want and log_omega is not None else None,
             hidden=hidden if "hidden" in want else None,
-            text_logits=None if logits is None else self.text_logits(hidden[-1][:, logits]),
-            speech_logits=None if logits is None else self.speech_logits(speech[:, logits]))
+            text_logits=self.text_logits(hidden[-1][:, logits]) if logits is not None and "text" in heads else None,
+            speech_logits=self.speech_logits(speech[:, logits]) if logits is not None and "speech" in heads else None)
+
+    def look(self, ids, text_rows, tree, cache):
+        """(rope, what the layers of input adapter, backbone, output adapter attend to: None (all before), Runs, Past)."""
+        c, is_speech = self.config, self.is_speech(ids)
+        if cache is not None:
+            slots, *pasts = look_back(cache, is_speech)
+            return self.rope[:, slots], *pasts
+        if tree is not None:
+            sees = tree.sees()
+            rope, seen = self.rope[:, sees.sum(-1) - 1], Runs(sees[:, None], None)
+            runs = find_tree_runs(is_speech, tree, sees) if self.input_adapter and not text_rows else seen
+        else:
+            rope, seen, runs = self.rope[:, :ids.size(1)], None, None
+            if self.input_adapter:
+                dtype = self.model.embed_tokens.weight.dtype
+                half = dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(ids.device.type)
+                runs = find_runs(is_speech[text_rows:], flash_attn_varlen_func is not None and ids.is_cuda and half)
+        return rope, [runs] * c.input_adapter_layers, [seen] * c.num_hidden_layers, [seen] * c.output_adapter_layers
+
+    def is_speech(self, ids):
+        """Units and speech EOS, not the switch token."""
+        return (ids >= self.config.vocab_size) & (ids != self.config.switch)
 
     def embed(self, ids):
         """Raw embeddings z: text ids from the backbone's table, units, speech EOS and switch from the new one."""
@@ -310,21 +399,15 @@ class SmolTolk(nn.Module):
         new = self.speech_embed((ids - V).clamp(min=0))
         return torch.where((ids < V)[..., None], text, new)
 
-    def adapt_input(self, z, ids, rope, text_rows, tree=None):
+    def adapt_input(self, z, ids, rope, text_rows, views):
         """The input adapter over each contiguous run of speech by itself; text and switch embeddings pass untouched."""
-        if not self.input_adapter or (tree is not None and text_rows):
+        if not self.input_adapter:
             return z
-        z_text, z, ids = z[:text_rows], z[text_rows:], ids[text_rows:]
-        is_speech = (ids >= self.config.vocab_size) & (ids != self.config.switch)
-        half = z.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(z.device.type)
-        if tree is not None:
-            runs = find_tree_runs(is_speech, tree)
-        else:
-            runs = find_runs(is_speech, flash=flash_attn_varlen_func is not None and z.is_cuda and half)
+        z_text, z = z[:text_rows], z[text_rows:]
         x = z
-        for layer in self.input_adapter:
-            x = layer(x, rope, runs)
-        return torch.cat([z_text, torch.where(is_speech[..., None], x, z)])
+        for layer, view in zip(self.input_adapter, views):
+            x = layer(x, rope, view)
+        return torch.cat([z_text, torch.where(self.is_speech(ids[text_rows:])[..., None], x, z)])
 
     def pool(self, layers):
         """Layer pooling: [c(1) .. c(L)], each [B, T, d] -> the pooled representation, ln omega [B, T, L] or None."""
@@ -345,16 +428,13 @@ class SmolTolk(nn.Module):
     @torch.compiler.disable  # its shapes depend on the data: compiled, it would be cut up and compiled again and again
     def score(self, text, speech, log_omega, targets, text_rows, keep):
         """The first six fields of Output. Each head is computed only at the positions whose target it predicts."""
-        zero = torch.zeros((), device=text.device)
-        if targets is None:
-            return zero, zero, zero, 0, 0, None
         V = self.config.vocab_size
         at_text = (targets >= 0) & (targets < V)
         at_speech = ((targets >= V) & (targets != self.config.switch))[text_rows:]
         text_targets, speech_targets = targets[at_text], targets[text_rows:][at_speech] - V
         text_logp = log_likelihood(self.text_logits, text[at_text], text_targets, V)
         speech_logp = log_likelihood(self.speech_logits, speech[at_speech], speech_targets, self.config.n_units + 1)
-        negative_entropy = zero
+        negative_entropy = torch.zeros((), device=text.device)
         if log_omega is not None:
             scored = log_omega[at_speech]
             negative_entropy = (scored.exp() * scored).sum()

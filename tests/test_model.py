@@ -164,19 +164,24 @@ def test_no_position_sees_its_future():
             assert not torch.allclose(a[:, cut:], b[:, cut:])
 
 
+def adapt_input(m, ids):
+    rope, views, _, _ = m.look(ids, 0, None, None)
+    return m.adapt_input(m.embed(ids), ids, rope, 0, views)
+
+
 @torch.no_grad()
 def test_input_adapter_sees_one_run_only():
     m = make()
     first, second = torch.arange(50, 58), torch.arange(53, 60)
     ids = torch.cat([first, torch.tensor([TINY.switch, 3, 4, 5, TINY.switch]), second])[None]
     z = m.embed(ids)
-    x = m.adapt_input(z, ids, m.rope[:, :ids.size(1)], 0)
+    x = adapt_input(m, ids)
     assert torch.equal(x[:, 8:13], z[:, 8:13]) and not torch.allclose(x[:, :8], z[:, :8])  # text and switch untouched
     other = ids.clone()
     other[:, :8] = torch.randint(50, 61, (8,))
-    x_other = m.adapt_input(m.embed(other), other, m.rope[:, :ids.size(1)], 0)
+    x_other = adapt_input(m, other)
     assert torch.equal(x_other[:, 13:], x[:, 13:])  # a run does not see another run
-    alone = m.adapt_input(m.embed(second[None]), second[None], m.rope[:, :len(second)], 0)
+    alone = adapt_input(m, second[None])
     torch.testing.assert_close(x[:, 13:], alone, atol=1e-5, rtol=1e-5)  # nor where in the sequence it stands
 
 
@@ -184,8 +189,7 @@ def test_input_adapter_sees_one_run_only():
 def test_adapters_start_as_the_identity():
     torch.manual_seed(0)
     m, ids = SmolTolk(TINY), interleaved(3, 30)
-    z = m.embed(ids)
-    assert torch.equal(m.adapt_input(z, ids, m.rope[:, :30], 0), z)
+    assert torch.equal(adapt_input(m, ids), m.embed(ids))
     none = SmolTolk(dataclasses.replace(TINY, input_adapter_layers=0, output_adapter_layers=0))
     none.load_state_dict({k: v for k, v in m.state_dict().items() if "adapter" not in k})
     assert torch.equal(none(ids, logits=slice(None)).speech_logits, m(ids, logits=slice(None)).speech_logits)
