@@ -371,7 +371,7 @@ class SmolTolk(nn.Module):
             speech_logits=self.speech_logits(speech[:, logits]) if logits is not None and "speech" in heads else None)
 
     def look(self, ids, text_rows, tree, cache):
-        """(rope, what the layers of input adapter, backbone, output adapter attend to: None (all before), Runs, Past)."""
+        """(rope, what each layer of the three stacks attends to: None, which is all before it, Runs or a Past)."""
         c, is_speech = self.config, self.is_speech(ids)
         if cache is not None:
             slots, *pasts = look_back(cache, is_speech)
