@@ -58,13 +58,11 @@ import model as smoltolk
 import speech
 from benchmarks import digest, find_stories, fingerprint, read_blimp, read_line, read_mmlu, read_sblimp
 from configurator import configure
-from report import (  # noqa: F401
+from report import (
     accuracy,
     as_markdown,
     as_text,
     by_group,
-    cloze_sums,
-    cloze_table,
     compare_results,
     item_path,
     nll_table,

@@ -311,7 +311,5 @@ def main(argv):
     talk(c, model.to(device, getattr(torch, c.dtype)).eval(), openings, plan, tokenizer, vocabulary, its_vocoder)
 
 
-
-
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -86,10 +86,15 @@ def read_audio(path, start=0.0, end=None):
     samples = samples.mean(1)
     if not np.isfinite(samples).all():
         raise ValueError(f"audio is not finite: {name} has NaN or infinite samples")
-    if rate != SAMPLE_RATE:
-        divisor = math.gcd(SAMPLE_RATE, rate)
-        samples = resample_poly(samples, SAMPLE_RATE // divisor, rate // divisor).astype(np.float32)
-    return samples
+    return resample(samples, rate)
+
+
+def resample(samples, rate):
+    """float32 [n] at any rate in Hz -> float32 at 16 kHz."""
+    if rate == SAMPLE_RATE:
+        return samples
+    divisor = math.gcd(SAMPLE_RATE, rate)
+    return resample_poly(samples, SAMPLE_RATE // divisor, rate // divisor).astype(np.float32)
 
 
 def decode_with_av(path):
@@ -242,9 +247,7 @@ def espeak(text, voice="en-us", rate=175, pitch=50):
         if not silent - separators:
             break
         separators |= silent
-    divisor = math.gcd(SAMPLE_RATE, native_rate)
-    waveform = resample_poly(samples.astype(np.float32) / 32768, SAMPLE_RATE // divisor, native_rate // divisor)
-    waveform = np.clip(waveform, -1, 1).astype(np.float32)
+    waveform = np.clip(resample(samples.astype(np.float32) / 32768, native_rate), -1, 1)
     if silent:
         return waveform, None
     return waveform, [(start / native_rate, end / native_rate) for start, end in spans]
@@ -500,6 +503,12 @@ class HubertUnits(NamedTuple):
     rate = property(lambda self: SAMPLE_RATE // self.hop)
 
 
+def frame_geometry(config):
+    """(samples from one frame to the next, samples that a frame sees) of a HuBERT's or wav2vec 2.0's convolutions."""
+    receptive_field = 1 + sum((k - 1) * math.prod(config.conv_stride[:i]) for i, k in enumerate(config.conv_kernel))
+    return math.prod(config.conv_stride), receptive_field
+
+
 def load_hubert_units(folder, device="cpu", whole=WHOLE, margin=MARGIN):
     """
     The HuBERT vocabulary in a folder, as `python convert.py units` writes it.
@@ -529,8 +538,7 @@ def load_hubert_units(folder, device="cpu", whole=WHOLE, margin=MARGIN):
         raise ValueError(f"{path}: lacks {(missing or sorted(map(str, report['mismatched_keys'])))[0]}; "
                          "copy the model again, or get a newer transformers (mHuBERT at 25 Hz needs 4.47)")
     config, layer = model.config, about.get("layer")
-    hop = math.prod(config.conv_stride)
-    receptive_field = 1 + sum((k - 1) * math.prod(config.conv_stride[:i]) for i, k in enumerate(config.conv_kernel))
+    hop, receptive_field = frame_geometry(config)
     if layer not in range(1, config.num_hidden_layers + 1):
         raise ValueError(f"{folder}: layer is {layer}, the model in {path} has 1 to {config.num_hidden_layers}")
     for name, said, wanted in (("rate is", about.get("rate"), SAMPLE_RATE / hop),

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import model as smoltolk
+import report
 from configurator import configure, fit, nearest
 from evaluate import all_sum, join_world
 
@@ -392,12 +393,12 @@ def held_out(model, opened, c, world, n_sequences, cloze_items=None):
     if opened.held:
         sums = evaluate.heldout_nll(model, opened.held, c.seed, n_sequences, c.sequence_length,
                                     (c.text_span, c.speech_span), batch_tokens, world.rank, world.size)
-        scores["nll"] = evaluate.nll_table(dict(zip(sums, all_sum(np.stack(list(sums.values())), world).numpy())))
+        scores["nll"] = report.nll_table(dict(zip(sums, all_sum(np.stack(list(sums.values())), world).numpy())))
     if opened.cloze and cloze_items != 0:
         items = opened.cloze.meta["documents"] // 3
         mine = range(world.rank, min(cloze_items or items, items), world.size)
-        sums = evaluate.cloze_sums(evaluate.topic_cloze(model, opened.cloze, batch_tokens, mine))
-        scores["topic_cloze"] = evaluate.cloze_table(dict(zip(sums, all_sum(list(sums.values()), world).tolist())))
+        sums = report.cloze_sums(evaluate.topic_cloze(model, opened.cloze, batch_tokens, mine))
+        scores["topic_cloze"] = report.cloze_table(dict(zip(sums, all_sum(list(sums.values()), world).tolist())))
     model.train()
     return scores
 
@@ -597,7 +598,7 @@ def finish(model, opened, place, c, world, log, started):
                    seconds=time.perf_counter() - started)
     (Path(c.out_dir) / "results.json").write_text(json.dumps(results, indent=1))
     plot_loss(c.out_dir)
-    print(evaluate.as_text(results))
+    print(report.as_text(results))
     print(f"{results['seconds'] / 60:.1f} minutes; {c.out_dir}/results.json, loss.png, log.jsonl")
 
 

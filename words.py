@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import numpy as np
 from safetensors import SafetensorError
 
-from speech import SAMPLE_RATE, UNIT_RATE
+from speech import SAMPLE_RATE, UNIT_RATE, frame_geometry
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Word times: what a transcript sounds like
@@ -411,10 +411,7 @@ def load_aligner(folder, device="cpu"):
     labels = {label: i for label, i in labels.items() if re.fullmatch("[a-z']", label) and i != blank}
     if not labels or max(*labels.values(), blank) >= config.vocab_size:
         raise ValueError(f"{folder}: vocab.json does not fit the model's {config.vocab_size} columns")
-    hop, field = math.prod(config.conv_stride), 1
-    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride)):
-        field = (field - 1) * stride + kernel
-    return Aligner(model.float().eval().to(device), labels, blank, hop, field, str(device))
+    return Aligner(model.float().eval().to(device), labels, blank, *frame_geometry(config), str(device))
 
 
 def emissions(waveforms, aligner):

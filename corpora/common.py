@@ -164,25 +164,34 @@ def end_with_parent():
 
 
 @contextlib.contextmanager
-def worker_pool(workers):
-    """Fresh processes whose BLAS has one thread each: more would only hinder one another. None if workers is 0."""
+def one_blas_thread():
+    """Processes begun meanwhile have a BLAS of one thread each: more would only hinder one another."""
     variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {variable: os.environ.get(variable) for variable in variables}
     os.environ.update(dict.fromkeys(variables, "1"))  # read once, when a process loads its BLAS
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, end_with_parent) if workers else None
     try:
-        yield pool
-    except BrokenProcessPool:
-        raise SystemExit("a worker process died, perhaps for want of memory: start again with fewer --workers, and "
-                         "it goes on behind the last part") from None
+        yield
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
         for variable, value in before.items():
             os.environ.pop(variable)
             if value is not None:
                 os.environ[variable] = value
+
+
+@contextlib.contextmanager
+def worker_pool(workers):
+    """A pool of fresh processes; None if workers is 0."""
+    spawn = multiprocessing.get_context("spawn")
+    with one_blas_thread():
+        pool = ProcessPoolExecutor(workers, spawn, end_with_parent) if workers else None
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise SystemExit("a worker process died, perhaps for want of memory: start again with fewer --workers, "
+                             "and it goes on behind the last part") from None
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from scipy.io import wavfile
 from tqdm import tqdm
 
 import speech
+from corpora.common import one_blas_thread
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grammar: {a|b} is a choice, NAME a name, HE, HIM and HIS its pronouns. Words are kept apart by ear as well:
@@ -240,20 +241,6 @@ def speak(job):
     return Recording(story, speaker, len(waveform) / speech.SAMPLE_RATE, units, kept)
 
 
-def single_threaded_pool(workers):
-    """A pool of fresh processes whose BLAS has one thread each: threads for such small matrices double the time."""
-    variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {variable: os.environ.get(variable) for variable in variables}
-    os.environ.update(dict.fromkeys(variables, "1"))  # read once, when a process loads its BLAS
-    try:
-        return multiprocessing.get_context("spawn").Pool(workers)
-    finally:
-        for variable, value in before.items():
-            os.environ.pop(variable)
-            if value is not None:
-                os.environ[variable] = value
-
-
 def speak_all(sets, n_units, seed, workers):
     """
     sets: name -> list of Story. Returns (name -> list of Recording, codebook). The codebook is fitted on the first
@@ -265,7 +252,7 @@ def speak_all(sets, n_units, seed, workers):
         jobs[name] = [(story, rng.randrange(len(SPEAKERS))) for story in stories]
     recordings = {name: [] for name in jobs}
     bar = tqdm(total=sum(map(len, jobs.values())), desc="speaking", unit=" stories", disable=None)
-    with single_threaded_pool(workers) as pool, bar:
+    with one_blas_thread(), multiprocessing.get_context("spawn").Pool(workers) as pool, bar:
         frames, voices = zip(*pool.map(speak_for_fit, jobs["paired"][:FIT_ON], 8))
         codebook = speech.fit_mel_units(frames, n_units, seed, voices=voices)
         for name, its_jobs in jobs.items():

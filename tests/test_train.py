@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import configurator
 import data
 import evaluate
+import report
 import train
 from model import Config, SmolTolk, from_pretrained
 
@@ -318,7 +319,7 @@ def test_topic_cloze_counts_and_layout(tmp_path):
     data.write_set(tmp_path / "cloze", "paired", documents, tokenizer, dict(n_units=10, rate=25, hash="u"))
     oracle = Oracle(liked=[30, 31, 53, 54])
     answers = evaluate.topic_cloze(oracle, data.open_set(tmp_path / "cloze"))
-    results = evaluate.cloze_table(evaluate.cloze_sums(answers))
+    results = report.cloze_table(report.cloze_sums(answers))
     for setting in ("T", "S", "T->S", "S->T"):
         assert answers[setting].tolist() == [1, 1, 0, 0.5]
         assert results[setting]["accuracy"] == pytest.approx(62.5) and results[setting]["items"] == 4
