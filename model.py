@@ -325,6 +325,8 @@ class SmolTolk(nn.Module):
         for layer in [*self.input_adapter, *self.output_adapter]:  # start as the identity: the backbone first meets
             nn.init.zeros_(layer.self_attn.o_proj.weight)          # plain embeddings, and learning starts much faster
             nn.init.zeros_(layer.mlp.down_proj.weight)
+        if config.layer_pooling == "dynamic":  # start with all layers alike: random weights, on the large hidden
+            nn.init.zeros_(self.layer_selector.weight)  # states of a trained backbone, pick one from the first step on
 
     def forward(self, ids, targets=None, text_rows=0, want=(), logits=None, heads=("text", "speech"), tree=None,
                 cache=None):

@@ -57,7 +57,7 @@ STAGES = ("read", "units", "align", "write")
 
 class Item(NamedTuple):
     id: str
-    audio: str | bytes | None = None  # path of a sound file, or its bytes
+    audio: object = None  # path of a sound file, its bytes, or what makes (waveform, [(start, end) of each word])
     start: float = 0.0  # the span of the sound file that is meant, in seconds
     end: float | None = None
     text: str | None = None
@@ -109,16 +109,21 @@ def hear(item, settings, seconds):
     """Item -> Heard; ValueError "REASON: details". seconds: a Counter that the time of each stage is added to."""
     if settings["kind"] == "paired" and (text_size(item) == 0 or not item.text.split()):
         raise ValueError(f"no transcript: {item.id}")
-    if settings["kind"] == "paired" and item.words is None and not settings["aligner"]:
+    timed = item.words is not None or callable(item.audio)
+    if settings["kind"] == "paired" and not timed and not settings["aligner"]:
         raise ValueError(f"no word times: {item.id}, and no --aligner")
     if item.audio is None:
         raise ValueError(f"no audio: {item.id}")
     if item.end is not None and item.end - item.start > settings["max_seconds"]:
         raise ValueError(f"audio too long: {item.end - item.start:.0f} s in {item.id}, see --max_seconds")
     began = time.perf_counter()
-    waveform = speech.read_audio(item.audio, item.start, item.end)
+    if callable(item.audio):
+        waveform, times = item.audio()
+        times = times or ValueError(f"word without a time: espeak-ng gave none for one in {item.id}")
+    else:
+        waveform, times = speech.read_audio(item.audio, item.start, item.end), None
     seconds["read"] += time.perf_counter() - began
-    duration, times = len(waveform) / speech.SAMPLE_RATE, None
+    duration = len(waveform) / speech.SAMPLE_RATE
     if duration > settings["max_seconds"]:
         raise ValueError(f"audio too long: {duration:.0f} s in {item.id}, see --max_seconds")
     if settings["kind"] == "paired" and item.words is not None:

@@ -212,9 +212,8 @@ class Recording(NamedTuple):
     waveform: np.ndarray | None  # int16, kept where it was asked for
 
 
-def record(story, speaker):
-    """A story as a speaker tells it, under hiss: what speech.espeak returns. A pure function."""
-    text = " ".join(story.sentences)
+def record(text, speaker):
+    """A text as a speaker says it, under hiss: what speech.espeak returns. A pure function."""
     waveform, words = speech.espeak(text, *SPEAKERS[speaker])
     rng = np.random.default_rng([zlib.crc32(text.encode()), speaker])
     ratio = 10 ** (rng.uniform(*SIGNAL_TO_NOISE) / 20)
@@ -224,14 +223,15 @@ def record(story, speaker):
 
 def speak_for_fit(job):
     """Features and voice of one recording, to fit the units on."""
-    waveform, _ = record(*job)
+    story, speaker = job
+    waveform, _ = record(" ".join(story.sentences), speaker)
     return speech.mel_frames(waveform), speech.voice(waveform)
 
 
 def speak(job):
     """One story to a Recording; None if its words could not be timed."""
     story, speaker, codebook, keep_waveform = job
-    waveform, words = record(story, speaker)
+    waveform, words = record(" ".join(story.sentences), speaker)
     if words is None:
         return None
     ids, frame_start = speech.mel_units(waveform, codebook)

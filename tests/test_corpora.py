@@ -449,6 +449,27 @@ def test_stinystories(tools, tmp_path):
         run("text", tools, tmp_path / "data", tmp_path / "no", field="document", kind="text")
 
 
+def test_prose(tools, tmp_path):
+    """The words of a book without its frame, in documents that end with sentences, as one of two speakers says them."""
+    pytest.importorskip("espeakng_loader")
+    body = """The _Whale_ sank -- so they said -- at 9 o'clock!
+
+        "Is it gone?" he asked. No one knew;
+        the sea was calm. And then?"""
+    write(tmp_path / "books/whale.txt", "A free licence.", "*** START OF THIS PROJECT GUTENBERG EBOOK WHALE ***",
+          body, "*** END OF THIS PROJECT GUTENBERG EBOOK WHALE ***", "Much more about the licence, " * 2)
+    report = run("prose", tools, tmp_path / "books", tmp_path / "out", passage=6, speakers=[1, 4])
+    texts = ["The Whale sank so they said at 9 o'clock!", '"Is it gone?" he asked. No one knew; the sea was calm.',
+             "And then?"]
+    assert report["documents"] == len(texts) and not report["dropped"]
+    for text, (tokens, units) in zip(texts, documents(tmp_path / "out"), strict=True):
+        said = [demo.record(text, speaker) for speaker in (1, 4)]
+        assert (tokens, units) in [expected(tools, text, waveform, [end for _, end in times])
+                                   for waveform, times in said]
+    with pytest.raises(SystemExit, match="give numbers from 0 to 7"):
+        run("prose", tools, tmp_path / "books", tmp_path / "no", speakers=[8])
+
+
 def test_peoples_speech(tools, tmp_path):
     names = ["a/1.flac", "a/2.flac"]
     for name, sentence in zip(names, SENTENCES):

@@ -24,8 +24,10 @@ def make(seed=0, **overrides):
     for layer in [*model.input_adapter, *model.output_adapter]:  # they start as the identity, which would hide them
         torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.2)
         torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.2)
-    if hasattr(model, "phi"):
-        torch.nn.init.normal_(model.phi)  # at its start phi is nearly uniform, and an error in it would not show
+    if hasattr(model, "phi"):  # at their start phi and omega are (nearly) even, and an error in them would not show
+        torch.nn.init.normal_(model.phi)
+    if hasattr(model, "layer_selector"):
+        torch.nn.init.normal_(model.layer_selector.weight, std=0.2)
     return model
 
 
@@ -193,6 +195,15 @@ def test_adapters_start_as_the_identity():
     none = SmolTolk(dataclasses.replace(TINY, input_adapter_layers=0, output_adapter_layers=0))
     none.load_state_dict({k: v for k, v in m.state_dict().items() if "adapter" not in k})
     assert torch.equal(none(ids, logits=slice(None)).speech_logits, m(ids, logits=slice(None)).speech_logits)
+
+
+def test_the_layer_selector_starts_even_and_learns():
+    torch.manual_seed(0)
+    m, ids = SmolTolk(TINY), interleaved(3, 30)
+    out = m(ids[:, :-1], ids[:, 1:], want=("omega",))
+    torch.testing.assert_close(out.omega, torch.full_like(out.omega, 1 / 3))
+    mean_loss(out).backward()
+    assert m.layer_selector.weight.grad.norm() > 0
 
 
 @torch.no_grad()

@@ -129,9 +129,10 @@ def test_no_ending_is_given_away_by_a_word():
 def test_the_hiss_is_as_loud_as_said_and_the_same_each_time(spoken):
     ratios = []
     for i, story in enumerate(demo.write_stories(6, 0)):
-        clean = speech.espeak(" ".join(story.sentences), *demo.SPEAKERS[i])[0]
-        noisy, words = demo.record(story, i)
-        assert np.array_equal(noisy, demo.record(story, i)[0]) and len(noisy) == len(clean)
+        text = " ".join(story.sentences)
+        clean = speech.espeak(text, *demo.SPEAKERS[i])[0]
+        noisy, words = demo.record(text, i)
+        assert np.array_equal(noisy, demo.record(text, i)[0]) and len(noisy) == len(clean)
         ratios.append(10 * np.log10(np.mean(clean**2) / np.mean((noisy - clean) ** 2)))
     low, high = demo.SIGNAL_TO_NOISE
     assert all(low - 0.1 < ratio < high + 0.1 for ratio in ratios) and max(ratios) - min(ratios) > 1
