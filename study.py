@@ -72,20 +72,24 @@ def run_all(c):
     print(f"{len(waiting)} runs to go: {' '.join(f'{run}-{seed}' for run, seed in waiting)}", flush=True)
     threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // c.jobs))} if c.jobs > 1 else None
     busy = []
-    while waiting or busy:
-        while waiting and len(busy) < c.jobs:
-            run, seed = waiting.pop(0)
-            log = Path(c.out) / f"{run}-{seed}.txt"
-            first, *left = commands(run, seed, c)
-            busy.append((spawn(first, log, threads), left, log))
-        time.sleep(0.5)
-        for job in [job for job in busy if job[0].poll() is not None]:
-            process, left, log = job
-            busy.remove(job)
-            if process.returncode != 0:
-                raise SystemExit(f"{log}: says why this failed: {shlex.join(process.args)}")
-            if left:
-                busy.append((spawn(left[0], log, threads), left[1:], log))
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < c.jobs:
+                run, seed = waiting.pop(0)
+                log = Path(c.out) / f"{run}-{seed}.txt"
+                first, *left = commands(run, seed, c)
+                busy.append((spawn(first, log, threads), left, log))
+            time.sleep(0.5)
+            for job in [job for job in busy if job[0].poll() is not None]:
+                process, left, log = job
+                busy.remove(job)
+                if process.returncode != 0:
+                    raise SystemExit(f"{log}: says why this failed: {shlex.join(process.args)}")
+                if left:
+                    busy.append((spawn(left[0], log, threads), left[1:], log))
+    finally:
+        for process, _, _ in busy:
+            process.terminate()
 
 
 def spawn(command, log, environment):

@@ -1,0 +1,111 @@
+"""study.py: what is left to run, and tables from runs made by hand."""
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+import report
+import study
+
+STUDY = dict(ours=("Ours", "config/train_tiny.py"), theirs=("Theirs", "config/baseline_tiny.py --beta=0.5"))
+
+
+@pytest.fixture(autouse=True)
+def small_study(monkeypatch):
+    monkeypatch.setitem(study.STUDIES, "small", STUDY)
+
+
+def finish(folder, right, nll=2.0):
+    """What train.py and evaluate.py leave behind. right: {setting: answers}."""
+    checkpoint = folder / "checkpoint-00000009"
+    (checkpoint / "evaluation.items").mkdir(parents=True)
+    kinds = dict(speech=dict(speech=nll), interleaved=dict(text=1.0, speech=nll))
+    (folder / "results.json").write_text(json.dumps(dict(flops=3e9, nll=kinds)))
+    (checkpoint / "train.json").write_text("{}")
+    (checkpoint / "evaluation.json").write_text(json.dumps(dict(parameters=7_000_000)))
+    for setting, answers in right.items():
+        np.save(report.item_path(checkpoint / "evaluation.json", "topic_cloze", f"{setting}.right"), answers)
+
+
+def test_tables(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    answers = {(run, seed): {s: (rng.random(400) < p).astype(float) for s in report.SETTINGS}
+               for run, p in (("ours", 0.9), ("theirs", 0.7)) for seed in (1, 2, 3)}
+    for (run, seed), right in answers.items():
+        if (run, seed) != ("theirs", 3):  # not finished yet
+            finish(tmp_path / f"{run}-{seed}", right)
+    study.main(["--study=small", f"--out={tmp_path}", "--make=false"])
+    ours, theirs = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert ours["seeds"] == [1, 2, 3] and theirs["seeds"] == [1, 2] and "lead" not in ours["settings"]["S"]
+    scores = [100 * answers["ours", seed]["S"].mean() for seed in (1, 2, 3)]
+    assert ours["settings"]["S"]["mean"] == pytest.approx(sum(scores) / 3)
+    assert ours["settings"]["S"]["std"] == pytest.approx((sum((x - sum(scores) / 3) ** 2 for x in scores) / 2) ** 0.5)
+    lead = theirs["settings"]["T->S"]["lead"]
+    wanted = [100 * (answers["ours", seed]["T->S"] - answers["theirs", seed]["T->S"]).mean() for seed in (1, 2)]
+    assert lead["mean"] == pytest.approx(sum(wanted) / 2) and lead["seeds"] == 2 and lead["p"] < 0.01
+    rows = list(csv.DictReader(open(tmp_path / "study.csv")))
+    assert len(rows) == 5 * 4 and float(rows[0]["accuracy"]) == 100 * answers["ours", 1]["T"].mean()
+    table = (tmp_path / "study.md").read_text()
+    assert table in capsys.readouterr().out and "| Theirs | 2 | 7.00M | 3.0e+09 |" in table
+    assert (tmp_path / "study.png").stat().st_size > 5000
+
+
+def test_one_seed_is_tested_by_mcnemar(tmp_path):
+    ours, theirs = np.repeat([1.0, 0.0], [30, 10]), np.repeat([0.0, 1.0], [12, 28])
+    for run, right in (("ours", ours), ("theirs", theirs)):
+        finish(tmp_path / f"{run}-1", dict.fromkeys(report.SETTINGS, right))
+    study.main(["--study=small", f"--out={tmp_path}", "--make=false", "--seeds=[1]"])
+    cell = json.loads((tmp_path / "study.json").read_text())["rows"][1]["settings"]["S"]
+    assert cell["std"] is None and cell["lead"]["p"] == pytest.approx(binomtest(12, 22).pvalue)
+
+
+def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
+    """Seed by seed; a run that has a checkpoint goes on, one that lacks only its scores is scored."""
+    done = []
+
+    def pretend(command, log, environment):
+        done.append([x for x in command[1:] if "OMP" not in x])
+        return type("Process", (), dict(poll=lambda self: 0, returncode=0, args=command))()
+
+    finish(tmp_path / "ours-1", {})
+    finish(tmp_path / "ours-2", {})
+    (tmp_path / "ours-2/checkpoint-00000009/evaluation.json").unlink()
+    (tmp_path / "theirs-1/checkpoint-00000004").mkdir(parents=True)
+    monkeypatch.setattr(study, "spawn", pretend)
+    with pytest.raises(FileNotFoundError):  # nothing was really run
+        study.main(["--study=small", f"--out={tmp_path}", "--seeds=[1, 2]", "--jobs=2", "--options=--device=cpu"])
+    theirs = ["train.py", "config/baseline_tiny.py", "--beta=0.5"]
+    score = '--tasks=["topic_cloze"]'
+    assert sorted(done) == sorted([
+        [*theirs, "--seed=1", f"--out_dir={tmp_path}/theirs-1", "--device=cpu", "--resume=true"],
+        ["evaluate.py", f"--checkpoint={tmp_path}/theirs-1", score],
+        ["evaluate.py", f"--checkpoint={tmp_path}/ours-2", score],
+        [*theirs, "--seed=2", f"--out_dir={tmp_path}/theirs-2", "--device=cpu"],
+        ["evaluate.py", f"--checkpoint={tmp_path}/theirs-2", score]])
+
+
+def test_a_failed_run_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "commands", lambda run, seed, c: [[sys.executable, "-c", "raise SystemExit('oh no')"]])
+    with pytest.raises(SystemExit, match=r"ours-1.txt: says why this failed"):
+        study.main(["--study=small", f"--out={tmp_path}", "--seeds=[1]"])
+    assert "oh no" in (tmp_path / "ours-1.txt").read_text()
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--study=tony", "did you mean tiny?"), ("--runs=['smoltalk']", "did you mean smoltolk?"),
+    ("--seeds=[]", "give whole numbers"), ("--jobs=0", "1 job or more")])
+def test_bad_settings(line, message):
+    with pytest.raises(SystemExit, match=message.replace("?", r"\?")):
+        study.main([line])
+
+
+def test_every_command_is_sound():
+    """The tiny study's train.py commands configure: their files are there, their keys exist."""
+    import train
+    from configurator import configure
+    for _, command in study.STUDIES["tiny"].values():
+        settings, _ = configure(train.DEFAULTS, command.split(), train.complete_stages)
+        assert settings["demo"] == "data/demo"
