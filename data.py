@@ -406,7 +406,7 @@ def windows(shard, stream, seed, stage, index, length, vocab):
     return rows + vocab.vocab_size if stream == "speech" else rows
 
 
-def interleave(shard, seed, stage, index, length, vocab, text_span=(10, 30), speech_span=(5, 15)):
+def interleave(shard, seed, stage, index, length, vocab, text_span=(10, 30), speech_span=(5, 15), margin=4):
     """Sequences that change modality at word boundaries -> int64 [n, length]. No loop over words or samples.
 
     From a random word and a random first modality on, spans of text_span words of text and of speech_span words of
@@ -414,7 +414,7 @@ def interleave(shard, seed, stage, index, length, vocab, text_span=(10, 30), spe
     switch token stands between two spans.
     """
     n, n_words = len(index), len(shard.text_words) - 1
-    n_spans = 2 * -(-length // (text_span[0] + 2)) + 2  # a text span and two switches fill at least text_span[0] + 2
+    n_spans = 2 * -(-length // (text_span[0] + 2) // margin) + 2  # two spans, two switches: text_span[0] + 2 at least
     draws = uniform(seed, stage, np.asarray(index)[:, None], np.arange(1, n_spans + 3))  # [n, n_spans + 2]
     start, speech_first = (draws[:, 0] * n_words).astype(np.int64), draws[:, 1] < 0.5
     speech = (np.arange(n_spans) + speech_first[:, None]) % 2 == 1  # [n, n_spans], is it a speech span?
@@ -428,20 +428,21 @@ def interleave(shard, seed, stage, index, length, vocab, text_span=(10, 30), spe
     begin = np.where(speech, edge["speech"][:, :-1], edge["text"][:, :-1])
     end = np.where(speech, edge["speech"][:, 1:], edge["text"][:, 1:])
 
-    has_switch = (np.arange(n_spans) > 0).astype(np.int64)  # the switch counts as the first token of its span
+    has_switch = np.arange(n_spans) > 0  # the switch counts as the first token of its span
     filled = np.minimum(np.cumsum(end - begin + has_switch, axis=1), length)  # [n, n_spans] tokens so far
+    if filled[:, -1].min() < length:  # with this margin 1 would do for sure; far fewer spans usually do
+        return interleave(shard, seed, stage, index, length, vocab, text_span, speech_span, margin=1)
     size = np.diff(filled, axis=1, prepend=0).ravel()  # what of each span fits into the row
-    first = np.repeat(np.cumsum(size) - size, size)  # of each output token: where its span begins in the output
-    offset = np.arange(n * length) - first
-    source = np.repeat((begin - has_switch).ravel(), size) + offset
+    first = np.cumsum(size) - size  # where each span begins in the output
+    source = np.repeat((begin - has_switch).ravel() - first, size) + np.arange(n * length)
     is_speech = np.repeat(speech.ravel(), size)
-    is_switch = (offset == 0) & np.repeat(np.tile(has_switch, n), size).astype(bool)
 
     row = np.empty(n * length, np.int64)
-    text = ~is_speech
-    row[text] = shard.text[source[text] % len(shard.text)]
-    row[is_speech] = shard.speech[source[is_speech] % len(shard.speech)].astype(np.int64) + vocab.vocab_size
-    row[is_switch] = vocab.switch
+    for stream, at in ((shard.text, np.flatnonzero(~is_speech)), (shard.speech, np.flatnonzero(is_speech))):
+        its_source = source[at]
+        row[at] = stream[its_source % len(stream) if lap.any() else its_source]  # % takes long
+    row += vocab.vocab_size * is_speech
+    row[first[np.tile(has_switch, n) & (size > 0)]] = vocab.switch
     return row.reshape(n, length)
 
 
@@ -451,6 +452,7 @@ class Batch(NamedTuple):
     text_rows: int        # the first so many rows hold no speech at all
     n_text: int           # scored text and speech targets
     n_speech: int
+    n_runs: int           # of one modality in the other rows, at least: rounded up, so that there are few such numbers
 
 
 def make_batch(rows, text_rows, vocab, pin=False):
@@ -458,8 +460,10 @@ def make_batch(rows, text_rows, vocab, pin=False):
     targets = rows[:, 1:]
     n_text = int((targets < vocab.vocab_size).sum())
     n_speech = targets.size - n_text - int((targets == vocab.switch).sum())
+    is_speech = (rows[text_rows:, :-1] >= vocab.vocab_size) & (rows[text_rows:, :-1] != vocab.switch)
+    n_runs = len(is_speech) + int((is_speech[:, 1:] != is_speech[:, :-1]).sum())
     tokens = torch.from_numpy(rows)
-    return Batch(tokens.pin_memory() if pin else tokens, text_rows, n_text, n_speech)
+    return Batch(tokens.pin_memory() if pin else tokens, text_rows, n_text, n_speech, -(-n_runs // 256) * 256)
 
 
 def prefetch(make, items, depth=2):

@@ -28,6 +28,7 @@ Given a Cache of what stands before, it reads only what is new.
 import dataclasses
 import json
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +38,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.varlen import varlen_attn
 
-try:  # only a speed-up, on CUDA: the input adapter then never computes across two runs of speech
+try:  # on CUDA the input adapter never computes across two runs of speech: by this package, or else by torch's own copy
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+CAUSAL = dict(is_causal=True) if "is_causal" in signature(varlen_attn).parameters else dict(window_size=(-1, 0))
 
 LOGITS_AT_ONCE = 1 << 27  # logits held at one time when computing the loss: 0.5 GB in fp32
 
@@ -118,8 +120,8 @@ def rotate(x, rope):
 class Runs(NamedTuple):
     """Where the sequence falls into runs of one modality, in the form that the attention kernel at hand wants."""
     mask: Tensor | None        # [B, 1, T, T] bool, for torch's kernels
-    bounds: Tensor | None      # [runs + 1] int32, cumulated lengths over the flattened [B*T], for flash-attn
-    longest: int = 0
+    bounds: Tensor | None      # [runs + 1] int32, cumulated lengths over the flattened [B*T], for FlashAttention
+    longest: int = 0           # bounds may end with empty runs
 
 
 class Tree(NamedTuple):
@@ -137,14 +139,20 @@ class Tree(NamedTuple):
         return (i >= i.T) & (i < self.end[:, None])
 
 
-def find_runs(is_speech, flash):
-    """is_speech [B, T] bool -> Runs. Every position lies in one run, a run never crosses a row."""
+def where(mask, n=None, fill=0):
+    """The flat positions where mask is true, int64 [n]. Told n, nothing waits for CUDA; fill stands for missing ones.
+    """
+    flat = mask.flatten()
+    return (flat.nonzero() if not n else flat.nonzero_static(size=n, fill_value=fill))[:, 0]
+
+
+def find_runs(is_speech, flash, n=None):
+    """is_speech [B, T] bool -> Runs. Every position lies in one run, a run never crosses a row. n: at most so many."""
     B, T = is_speech.shape
     starts = torch.ones_like(is_speech)
     starts[:, 1:] = is_speech[:, 1:] != is_speech[:, :-1]
     if flash:
-        bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=B * T).int()
-        return Runs(None, bounds, T)
+        return Runs(None, F.pad(where(starts, n, B * T), (0, 1), value=B * T).int(), T)
     run = starts.cumsum(1)
     causal = torch.ones(T, T, dtype=torch.bool, device=is_speech.device).tril()
     return Runs((run[:, None, :, None] == run[:, None, None, :]) & causal, None)
@@ -225,15 +233,22 @@ def attend(q, k, v, runs=None):
     if isinstance(runs, Past):
         return attend_past(q, k, v, runs)
     if runs is not None and runs.bounds is not None:
-        packed = (t.flatten(0, 1) for t in (q, k, v))  # [B*T, H, head_dim]
-        y = flash_attn_varlen_func(*packed, runs.bounds, runs.bounds, runs.longest, runs.longest, causal=True)
-        return y.view(q.shape)
+        return attend_runs(*(t.flatten(0, 1) for t in (q, k, v)), runs.bounds, runs.longest).view(q.shape)
     if runs is not None:  # with a mask, CUDA's memory-saving kernels want as many key heads as query heads
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, head_dim]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if runs is None else runs.mask, is_causal=runs is None,
                                        enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
+
+
+def attend_runs(q, k, v, bounds, longest):
+    """Causal attention inside each run by FlashAttention: q [B*T, H, head_dim]; k, v [B*T, H_kv, head_dim] -> like q.
+    """
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # torch 2.11 knows no grouped heads
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **CAUSAL)
 
 
 class Attention(nn.Module):
@@ -317,6 +332,7 @@ class SmolTolk(nn.Module):
         if config.layer_pooling == "dynamic":
             self.layer_selector = nn.Linear(config.hidden_size, config.num_hidden_layers)
         self.register_buffer("rope", rotary_table(config), persistent=False)
+        self.head_piece = head_piece  # train.py may put a compiled one here
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -329,7 +345,7 @@ class SmolTolk(nn.Module):
             nn.init.zeros_(self.layer_selector.weight)  # states of a trained backbone, pick one from the first step on
 
     def forward(self, ids, targets=None, text_rows=0, want=(), logits=None, heads=("text", "speech"), tree=None,
-                cache=None):
+                cache=None, counts=(None, None, None)):
         """
         ids, targets  int64 [B, T]. Targets are the next ids; negative ones and switch tokens are not scored.
         text_rows     the first text_rows rows hold no speech, in ids and targets: the speech modules skip them
@@ -338,12 +354,14 @@ class SmolTolk(nn.Module):
         tree          Tree, if the rows are no plain sequences; targets are then [B, M], and text_rows is 0 or B
         cache         what stands before ids: read, and filled further, but its position is the caller's to move. It
                       must have room for ids; text_rows must be 0
+        counts        of scored text targets, scored speech targets, and (at most) runs of modality in the rows from
+                      text_rows on, if known (data.Batch): then nothing has to wait for CUDA to count them
         """
         if tree is None and ids.size(1) > self.rope.size(1):
             raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
         if cache is not None and text_rows:
             raise ValueError(f"text_rows={text_rows}: with a cache all rows go through the speech modules")
-        rope, *views = self.look(ids, text_rows, tree, cache)
+        rope, *views = self.look(ids, text_rows, tree, cache, counts[2])
         speech_rope = rope if rope.dim() == 3 else rope[:, text_rows:]
         z = self.embed(ids)                                   # [B, T, d]
         x = self.adapt_input(z, ids, speech_rope, text_rows, views[0])  # [B, T, d]
@@ -352,7 +370,8 @@ class SmolTolk(nn.Module):
             hidden.append(layer(hidden[-1], rope, view))
         hidden[-1] = self.model.norm(hidden[-1])
 
-        pooled, log_omega = self.pool([h[text_rows:] for h in hidden[1:]])
+        layers = hidden[1:]
+        pooled, log_omega = self.pool([h[text_rows:] for h in layers] if text_rows else layers)
         speech = pooled + z[text_rows:] if self.config.residual else pooled  # Eq. 5
         for layer, view in zip(self.output_adapter, views[2]):
             speech = layer(speech, speech_rope, view)         # [B - text_rows, T, d]
@@ -364,15 +383,16 @@ class SmolTolk(nn.Module):
             if tree is not None:  # from nodes to the targets that they predict
                 at = (x if x is None else x.gather(1, tree.source[:len(x), :, None].expand(len(x), -1, x.size(-1)))
                       for x in at)
-            scores = self.score(*at, targets, text_rows, "logp" in want)
+            scores = self.score(*at, targets, text_rows, counts[:2])
         return Output(
-            *scores,
+            *scores[:5],
+            logp=scores[5] if "logp" in want else None,
             omega=log_omega.exp() if "omega" in want and log_omega is not None else None,
             hidden=hidden if "hidden" in want else None,
             text_logits=self.text_logits(hidden[-1][:, logits]) if logits is not None and "text" in heads else None,
             speech_logits=self.speech_logits(speech[:, logits]) if logits is not None and "speech" in heads else None)
 
-    def look(self, ids, text_rows, tree, cache):
+    def look(self, ids, text_rows, tree, cache, n_runs=None):
         """(rope, what each layer of the three stacks attends to: None, which is all before it, Runs or a Past)."""
         c, is_speech = self.config, self.is_speech(ids)
         if cache is not None:
@@ -387,7 +407,7 @@ class SmolTolk(nn.Module):
             if self.input_adapter:
                 dtype = self.model.embed_tokens.weight.dtype
                 half = dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(ids.device.type)
-                runs = find_runs(is_speech[text_rows:], flash_attn_varlen_func is not None and ids.is_cuda and half)
+                runs = find_runs(is_speech[text_rows:], ids.is_cuda and half, n_runs)
         return rope, [runs] * c.input_adapter_layers, [seen] * c.num_hidden_layers, [seen] * c.output_adapter_layers
 
     def is_speech(self, ids):
@@ -428,38 +448,65 @@ class SmolTolk(nn.Module):
         return F.linear(x, self.speech_embed.weight[:-1])  # units and speech EOS; the switch token is no target
 
     @torch.compiler.disable  # its shapes depend on the data: compiled, it would be cut up and compiled again and again
-    def score(self, text, speech, log_omega, targets, text_rows, keep):
+    def score(self, text, speech, log_omega, targets, text_rows, counts):
         """The first six fields of Output. Each head is computed only at the positions whose target it predicts."""
-        V = self.config.vocab_size
-        at_text = (targets >= 0) & (targets < V)
-        at_speech = ((targets >= V) & (targets != self.config.switch))[text_rows:]
-        text_targets, speech_targets = targets[at_text], targets[text_rows:][at_speech] - V
-        text_logp = log_likelihood(self.text_logits, text[at_text], text_targets, V)
-        speech_logp = log_likelihood(self.speech_logits, speech[at_speech], speech_targets, self.config.n_units + 1)
+        V, n = self.config.vocab_size, self.config.n_units + 1
+        spoken = targets[text_rows:]
+        at_text = where((targets >= 0) & (targets < V), counts[0])
+        at_speech = where((spoken >= V) & (spoken < V + n), counts[1])
+        x_text, x_speech = (x.flatten(0, 1).index_select(0, at) for x, at in ((text, at_text), (speech, at_speech)))
+        text_nll, text_logp = HeadLoss.apply(x_text, self.model.embed_tokens.weight, targets.flatten()[at_text],
+                                             self.head_piece)
+        speech_nll, speech_logp = HeadLoss.apply(x_speech, self.speech_embed.weight[:n],
+                                                 spoken.flatten()[at_speech] - V, self.head_piece)
         negative_entropy = torch.zeros((), device=text.device)
         if log_omega is not None:
-            scored = log_omega[at_speech]
+            scored = log_omega.flatten(0, 1).index_select(0, at_speech)
             negative_entropy = (scored.exp() * scored).sum()
-        logp = None
-        if keep:
-            logp = text_logp.new_zeros(targets.shape).masked_scatter(at_text, text_logp)
-            logp[text_rows:] = logp[text_rows:].masked_scatter(at_speech, speech_logp)
-        return -text_logp.sum(), -speech_logp.sum(), negative_entropy, len(text_targets), len(speech_targets), logp
+        logp = text_logp.new_zeros(targets.shape)
+        logp.view(-1)[at_text] = text_logp
+        logp[text_rows:].view(-1)[at_speech] = speech_logp
+        return text_nll, speech_nll, negative_entropy, len(at_text), len(at_speech), logp
 
 
-def log_likelihood(head, x, targets, n_symbols):
-    """ln p(target) under softmax(head(x)) in fp32: x [N, d], targets [N] -> [N].
+def head_piece(x, weight, targets, learn):
+    """ln p(t) [n], p = softmax(x W') in fp32; to learn also d -sum ln p(t) / d logits = p - onehot(t) [n, V]."""
+    logp = F.linear(x, weight).float().log_softmax(-1)
+    of_targets = logp.gather(1, targets[:, None])
+    if not learn:
+        return of_targets[:, 0], None
+    gradient = logp.exp_().scatter_add_(1, targets[:, None], of_targets.new_full((len(x), 1), -1.0))
+    return of_targets[:, 0], gradient.to(x.dtype)
 
-    Logits are the largest tensors of all (N x 49152), so long inputs go in pieces, and backward makes each piece again.
+
+class HeadLoss(torch.autograd.Function):
+    """-sum_i ln p(t_i) and, without gradient, ln p(t_i) [N], p = softmax(x W'): x [N, d], W [V, d], targets t [N].
+
+    Logits are the largest tensors of all (N x 49152). They come in pieces, and with each comes its share of the
+    gradients, (p - onehot(t)) W and (p - onehot(t))' x: no logits are kept for backward or made twice.
     """
-    def piece(x, targets):
-        return -F.cross_entropy(head(x).float(), targets, reduction="none")
+    @staticmethod
+    def forward(ctx, x, weight, targets, piece):
+        device, half, (need_x, need_w, *_) = x.device.type, weight.dtype, ctx.needs_input_grad
+        if torch.is_autocast_enabled(device):
+            half = torch.get_autocast_dtype(device)
+        dx, dw = torch.empty_like(x) if need_x else None, torch.zeros_like(weight) if need_w else None
+        logp, w = x.new_empty(len(x), dtype=torch.float), weight.to(half)
+        size = max(1, LOGITS_AT_ONCE // len(weight))
+        with torch.autocast(device, enabled=False):
+            for part in (slice(at, at + size) for at in range(0, len(x), size)):
+                logp[part], gradient = piece(x[part].to(half), w, targets[part], need_x or need_w)
+                if need_x:
+                    dx[part] = gradient @ w
+                if need_w:
+                    dw += gradient.T @ x[part].to(half)
+        ctx.save_for_backward(dx, dw)
+        ctx.mark_non_differentiable(logp)
+        return -logp.sum(), logp
 
-    size = max(1, LOGITS_AT_ONCE // n_symbols)
-    if len(targets) <= size:
-        return piece(x, targets)
-    pieces = zip(x.split(size), targets.split(size))
-    return torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces])
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        return *(None if d is None else d_loss * d for d in ctx.saved_tensors), None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Settings: the values below, then the config file's, then those of --key=value. A
 of them), log.jsonl (a line per logged step), checkpoint-* (model, optimizer, place in the run), and at the end
 results.json and loss.png. `--resume=true` goes on from the newest checkpoint.
 """
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -117,6 +118,14 @@ def pick_dtype(name, device):
         return torch.bfloat16
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
+
+
+def reuse_memory():
+    """Have glibc keep freed memory: otherwise tensors come as new pages, mapped and cleared again in every CPU step."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never give back; M_MMAP_MAX: all from the heap
+            getattr(libc, "mallopt", lambda *_: 0)(option, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,6 +262,16 @@ def make_optimizer(model, c, device):
     return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
 
 
+def make_runner(model, c, world):
+    """The model as training steps call it: compiled if asked for, and with gradients summed over processes."""
+    model.head_piece = torch.compile(smoltolk.head_piece) if c.compile else smoltolk.head_piece
+    runner = torch.compile(model) if c.compile else model
+    if dist.is_initialized():
+        runner = DistributedDataParallel(runner, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+                                         gradient_as_bucket_view=True, broadcast_buffers=False)
+    return runner
+
+
 def schedule(step, stage):
     """Share of the learning rate at a step of the stage: linear warm-up, constant, linear decay to 0 at the end."""
     rise = (step + 1) / max(1, stage["warmup"])
@@ -270,6 +289,8 @@ def step_batches(c, model_config, sources, stage, number, world):
         for index in np.array_split(mine, -(-sequences // c.micro_batch)):
             rows, text_rows = data.sample(sources, stage["mixture"], c.seed, number, index, c.sequence_length + 1,
                                           model_config, c.text_span, c.speech_span)
+            if c.compile:  # as many in each batch, for one graph: a row of text may pass through the speech modules
+                text_rows = len(index) // sum(stage["mixture"].values()) * stage["mixture"].get("text", 0)
             batches.append(data.make_batch(rows, text_rows, model_config, pin=world.device.type == "cuda"))
         return batches
     return make
@@ -289,7 +310,7 @@ def train_step(model, optimizer, batches, c, world, autocast):
             model.require_backward_grad_sync = i == len(batches) - 1
         tokens = batch.tokens.to(world.device, non_blocking=True)
         with autocast:
-            out = model(tokens[:, :-1], tokens[:, 1:], batch.text_rows)
+            out = model(tokens[:, :-1], tokens[:, 1:], batch.text_rows, counts=batch[2:])
         loss = smoltolk.mean_loss(out, c.beta, n_text + n_speech, n_speech)
         (loss * world.size).backward()  # DistributedDataParallel averages over processes, this makes it a sum
         sums += torch.stack([out.text_nll, out.speech_nll, out.negative_entropy]).detach()
@@ -315,10 +336,7 @@ def train_stage(name, model, place, c, world, opened, log):
     optimizer = make_optimizer(model, c, world.device)
     if place["step"]:
         load_optimizer(optimizer, model, evaluate.newest_checkpoint(c.out_dir))
-    runner = torch.compile(model) if c.compile else model
-    if dist.is_initialized():
-        runner = DistributedDataParallel(runner, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-                                         gradient_as_bucket_view=True, broadcast_buffers=False)
+    runner = make_runner(model, c, world)
     half = pick_dtype(c.dtype, world.device) == torch.bfloat16
     autocast = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
 
@@ -566,6 +584,7 @@ def begin(c, world, tokenizer):
 
 def main(argv):
     settings, name = configure(DEFAULTS, argv, complete_stages)
+    reuse_memory()
     world = join_world(settings["device"])
     started = time.perf_counter()
     c = check_settings(settings, name, world)

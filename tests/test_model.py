@@ -167,7 +167,7 @@ def test_no_position_sees_its_future():
 
 
 def adapt_input(m, ids):
-    rope, views, _, _ = m.look(ids, 0, None, None)
+    rope, views, *_ = m.look(ids, 0, None, None)
     return m.adapt_input(m.embed(ids), ids, rope, 0, views)
 
 
@@ -224,6 +224,47 @@ def test_every_parameter_gets_a_gradient_even_without_speech():  # or Distribute
         assert [n for n, p in m.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("size", [1 << 27, 7 * 50])
+def test_loss_with_its_gradient_is_the_plain_one(monkeypatch, half, size):
+    monkeypatch.setattr(smoltolk, "LOGITS_AT_ONCE", size)
+    torch.manual_seed(0)
+    x, w, targets = torch.randn(60, 32), 0.3 * torch.randn(50, 32), torch.randint(0, 50, (60,))
+
+    def plain(x, w):
+        return F.cross_entropy(F.linear(x, w).float(), targets, reduction="none")
+    for need_x, need_w in ((True, True), (True, False), (False, True)):  # a frozen backbone needs no gradient of W
+        results = []
+        for loss in (lambda x, w: smoltolk.HeadLoss.apply(x, w, targets, smoltolk.head_piece),
+                     lambda x, w: (plain(x, w).sum(), -plain(x, w))):
+            a, b = x.clone().requires_grad_(need_x), w.clone().requires_grad_(need_w)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                total, logp = loss(a, b)
+            (0.25 * total).backward()
+            results.append([total.detach(), logp.detach(), *(t.grad for t in (a, b) if t.requires_grad)])
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs, **(dict(atol=0.02, rtol=0.02) if half else {}))
+
+
+@pytest.mark.parametrize("text_rows", [0, 2, 6])
+def test_given_counts_change_nothing(text_rows):
+    import data
+    ids = interleaved(6, 41)
+    ids[:text_rows] %= 50
+    if not text_rows:
+        ids = ids % 10 + 50  # not one text target
+    batch, m = data.make_batch(ids.numpy(), text_rows, TINY), make()
+    found = m(ids[:, :-1], ids[:, 1:], text_rows, want=("logp",))
+    told = m(ids[:, :-1], ids[:, 1:], text_rows, want=("logp",), counts=batch[2:])
+    assert told[3:5] == found[3:5] == batch[2:4] and torch.equal(told.logp, found.logp)
+    if text_rows < 6:
+        is_speech = m.is_speech(ids[text_rows:, :-1])
+        bounds = smoltolk.find_runs(is_speech, True).bounds
+        padded = smoltolk.find_runs(is_speech, True, batch.n_runs).bounds
+        assert batch.n_runs % 256 == 0 and len(padded) == batch.n_runs + 1 and padded.dtype == torch.int32
+        assert torch.equal(padded[:len(bounds)], bounds) and (padded[len(bounds) - 1:] == is_speech.numel()).all()
+
+
 def test_long_losses_in_pieces_are_the_same(monkeypatch):
     ids, results = interleaved(6, 41), []
     for budget in (1 << 27, 7 * 50):
@@ -251,7 +292,7 @@ def test_flash_and_torch_kernels_agree(monkeypatch):
     plain = m(ids, logits=slice(None))
     monkeypatch.setattr(smoltolk, "flash_attn_varlen_func", fake_flash)
     find = smoltolk.find_runs
-    monkeypatch.setattr(smoltolk, "find_runs", lambda is_speech, flash: find(is_speech, flash=True))
+    monkeypatch.setattr(smoltolk, "find_runs", lambda is_speech, flash, n: find(is_speech, True, n))
     torch.testing.assert_close(m(ids, logits=slice(None)).speech_logits, plain.speech_logits, atol=1e-5, rtol=1e-5)
     m(ids % 50, text_rows=4)  # no row for the adapters at all
 
@@ -279,6 +320,38 @@ def test_compiled_in_bf16(monkeypatch):
         results.append(sum(float(p.grad.abs().sum()) for p in m.parameters()))
     assert results[4:] == pytest.approx(results[:4], rel=1e-3)
     assert 0 < len(graphs) < 12
+
+
+def test_nothing_is_compiled_anew_for_other_counts():
+    """Compiled steps of one shape: whatever stands in the rows, there are no more graphs after the second step."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    import data
+    torch._dynamo.reset()
+    m, graphs, after = make(num_hidden_layers=1, input_adapter_layers=1, output_adapter_layers=1), [], 0
+    runner = torch.compile(m, backend=lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs))
+    for step in range(6):
+        ids = interleaved(6, 41, seed=step)
+        ids[:2] %= 50
+        batch = data.make_batch(ids.numpy(), 2, TINY)
+        mean_loss(runner(ids[:, :-1], ids[:, 1:], 2, counts=batch[2:])).backward()
+        after = after if step > 1 else len(graphs)
+    assert 0 < len(graphs) == after <= 4
+
+
+@pytest.mark.parametrize("signature", ["is_causal", "window_size"])
+@torch.no_grad()
+def test_torchs_own_flash_attention_is_called_as_it_wants(monkeypatch, signature):
+    def fake(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **causal):
+        assert causal == smoltolk.CAUSAL and q.shape == k.shape == v.shape  # 2.11 knows no grouped heads
+        return fake_flash(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal=True)
+    m, ids = make(), interleaved(4, 40)
+    plain = m(ids, logits=slice(None))
+    monkeypatch.setattr(smoltolk, "CAUSAL", {signature: (-1, 0) if signature == "window_size" else True})
+    monkeypatch.setattr(smoltolk, "varlen_attn", fake)
+    find = smoltolk.find_runs
+    monkeypatch.setattr(smoltolk, "find_runs", lambda is_speech, flash, n: find(is_speech, True, 256))
+    torch.testing.assert_close(m(ids, logits=slice(None)).speech_logits, plain.speech_logits, atol=1e-5, rtol=1e-5)
 
 
 def test_too_long_a_sequence():
