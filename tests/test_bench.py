@@ -91,6 +91,19 @@ def test_random_sets_are_sound(tmp_path):
     assert len(np.unique(opened.text)) == 400
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_compiled_steps_meet_one_number_of_text_rows(tmp_path, rows):
+    config = Config(vocab_size=400, n_units=20)
+    shard = data.open_source("interleaved", [bench.random_set(tmp_path / "set", config, words=20_000)])
+    c = SimpleNamespace(batch_tokens=64 * rows, sequence_length=64, micro_batch=rows, seed=3, text_span=(10, 30),
+                        speech_span=(5, 15), compile=True)
+    mixture = dict(text=1, speech=1, interleaved=1)
+    make = train.step_batches(c, config, dict.fromkeys(mixture, shard), dict(mixture=mixture), 0, evaluate.ALONE)
+    batches = [batch for step in range(6) for batch in make(step)]
+    assert {batch.text_rows for batch in batches} == {rows // 3}
+    assert all((batch.tokens[:rows // 3] < 400).all() for batch in batches)
+
+
 MEASURE = """
 import sys, torch
 import bench, evaluate, train

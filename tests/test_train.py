@@ -154,7 +154,7 @@ def test_two_processes_do_what_one_does(run, demo_folder, tmp_path):
 
 def test_global_batches_do_not_depend_on_the_processes(demo_folder):
     c = SimpleNamespace(batch_tokens=64 * 12, sequence_length=64, micro_batch=5, seed=3, text_span=(10, 30),
-                        speech_span=(5, 15))
+                        speech_span=(5, 15), compile=False)
     folder = demo_folder / "paired"
     sources = {k: data.open_source(k, [folder]) for k in ("text", "speech", "interleaved")}
     meta = data.open_set(folder).meta
