@@ -32,8 +32,8 @@ from tqdm import tqdm
 import data as datasets
 from configurator import configure, nearest
 from evaluate import made_with, newest_checkpoint, pick_device
+from log import flat, read_log
 from model import from_pretrained
-from train import flat, read_log
 
 checkpoint = "out/train_tiny"   # folders of runs or of models, separated by commas
 data = "data/demo/test"         # paired set; for segmentation and weights also recordings, see corpus

@@ -15,6 +15,8 @@ import lzma
 import re
 from pathlib import Path
 
+from checkpoint import digest
+
 
 def read_blimp(folder):
     """[{good, bad, field, phenomenon, paradigm}] from BLiMP's folder of .jsonl files. ValueError names the line."""
@@ -134,11 +136,6 @@ def read_line(path):
     if not words:
         raise ValueError(f"{path}: empty text")
     return words
-
-
-def digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fingerprint(files):

@@ -187,7 +187,23 @@ def evaluate(node, names):
         case ast.Call(func=ast.Name(id="dict"), args=[], keywords=pairs) if all(pair.arg for pair in pairs):
             return {pair.arg: evaluate(pair.value, names) for pair in pairs}
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](evaluate(left, names), evaluate(right, names))
+            return apply(op, evaluate(left, names), evaluate(right, names))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
             return OPERATORS[type(op)](evaluate(operand, names))
     raise ValueError(f"`{ast.unparse(node)}` cannot stand in a setting")
+
+
+def apply(op, left, right):
+    """left op right; ValueError for what could fill the memory: numbers of 4096 bits, lists of 100,000 elements."""
+    sizes = [x.bit_length() if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 0 for x in (left, right)]
+    sequence = any(hasattr(x, "__len__") for x in (left, right))
+    times = next((x for x in (right, left) if isinstance(x, int)), 1)
+    if isinstance(op, ast.Pow) and isinstance(right, int) and not isinstance(left, float):
+        large = sizes[0] * right > 4096
+    elif isinstance(op, ast.Mult) and sequence:
+        large = max(len(x) for x in (left, right) if hasattr(x, "__len__")) * times > 100_000
+    else:  # "%9999999d" % 1 is a formatted text, not arithmetic
+        large = sum(sizes) > (100_000 if sequence else 4096) or isinstance(op, ast.Mod) and isinstance(left, str)
+    if large:
+        raise ValueError("is too large for a setting")
+    return OPERATORS[type(op)](left, right)

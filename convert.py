@@ -13,15 +13,14 @@ import importlib.metadata
 import json
 import os
 import pickle
-import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
 import speech
+from checkpoint import whole_folder
 from configurator import configure, nearest
 
 GGUF_NAMES = {  # llama.cpp's name of each tensor -> transformers'
@@ -58,19 +57,6 @@ def smollm2(out, gguf_path=None):
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(fields), ensure_ascii=False, indent=1),
                                                encoding="utf-8")
     return out
-
-
-@contextmanager
-def whole_folder(out):
-    """A new folder to write into, which becomes `out` when all has gone well, and otherwise leaves nothing."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def installed_gguf():

@@ -21,9 +21,7 @@ In a batch all symbols share one id space: text ids, then units, then the speech
 """
 import hashlib
 import json
-import os
 import queue
-import shutil
 import sys
 import threading
 import warnings
@@ -33,6 +31,8 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 import torch
+
+from checkpoint import whole_folder
 
 FORMAT = 1
 STREAMS = {"text": ("text",), "speech": ("speech",), "paired": ("text", "speech")}
@@ -206,13 +206,10 @@ def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
     if "speech" in streams:
         meta["speech"] = dict(tokens=len(arrays["speech"]), n_units=units["n_units"], rate=units["rate"],
                               vocabulary=units["hash"])
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(temporary / f"{name}.npy", array)
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    os.replace(temporary, folder)
+    with whole_folder(folder) as new:
+        for name, array in arrays.items():
+            np.save(new / f"{name}.npy", array)
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta
 
 

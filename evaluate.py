@@ -44,6 +44,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -56,7 +57,8 @@ from tqdm import tqdm
 import data
 import model as smoltolk
 import speech
-from benchmarks import digest, find_stories, fingerprint, read_blimp, read_line, read_mmlu, read_sblimp
+from benchmarks import find_stories, fingerprint, read_blimp, read_line, read_mmlu, read_sblimp
+from checkpoint import digest, newest
 from configurator import configure
 from report import (
     accuracy,
@@ -135,8 +137,49 @@ def join_world(device_name):
         torch.cuda.set_device(world.device)
     if "RANK" in os.environ:
         nccl = name == "cuda"
-        dist.init_process_group("nccl" if nccl else "gloo", device_id=world.device if nccl else None)
+        # A process that dies is noticed at once, by torchrun or by its neighbours; one that hangs, after this time. It
+        # must be longer than anything that one process does alone: the demo's corpus, reading a checkpoint over
+        store, *_ = next(dist.rendezvous("env://", rank, size))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, with dead addresses in it
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group("nccl" if nccl else "gloo", device_id=world.device if nccl else None, store=store,
+                                rank=rank, world_size=size, timeout=timedelta(minutes=10))
     return world
+
+
+def share(value, world):
+    """What the first process has, anything that json holds, on all of them."""
+    if world.size == 1:
+        return value
+    text = json.dumps(value if world.rank == 0 else None).encode()
+    size = int(all_sum([len(text) if world.rank == 0 else 0], world))
+    letters = torch.frombuffer(bytearray(text.ljust(size)[:size]), dtype=torch.uint8).to(world.device)
+    dist.broadcast(letters, 0)
+    return json.loads(bytes(letters.tolist()))
+
+
+def on_first(work, world):
+    """What work() gives on the first process, on all; where it ends the script there, all end, and one says why."""
+    try:
+        found = [work() if world.rank == 0 else None, None]
+    except SystemExit as end:
+        found = [None, str(end)]
+    value, reason = share(found, world)
+    if reason is not None:
+        raise SystemExit(reason if world.rank == 0 else 1)
+    return value
+
+
+def same_on_all(about, world):
+    """End all processes if one was started with something else than the first. about: {name: anything json holds}"""
+    mine = json.loads(json.dumps(about))
+    first = share(mine, world)
+    differ = [f"{key} is {mine.get(key)!r}, on rank 0 {first.get(key)!r}" for key in sorted(mine.keys() | first.keys())
+              if mine.get(key) != first.get(key)]
+    if differ:
+        print(f"rank {world.rank}: {'; '.join(differ)}; start all processes with the same", file=sys.stderr)
+    if all_sum([len(differ)], world).item():
+        raise SystemExit(1)
 
 
 def all_sum(values, world):
@@ -327,10 +370,15 @@ def paired_stories(cloze_set, config, items=None):
     return [[part(3 * item + j) for j in range(3)] for item in (range(n // 3) if items is None else items)]
 
 
-def topic_cloze(model, cloze_set, batch_tokens=16384, items=None):
-    """{setting: float64 [items], 1 where the true ending scores higher, 0 where the other one does, 1/2 for a tie}."""
+def topic_cloze(model, cloze_set, batch_tokens=16384, items=None, stop=()):
+    """{setting: float64 [items], 1 where the true ending scores higher, 0 where the other one does, 1/2 for a tie}.
+
+    stop: once there is something in it the rest is left out
+    """
     stories, right = paired_stories(cloze_set, model.config, items), {}
     for name in SETTINGS:
+        if stop:
+            break
         right[name] = right_by(*cloze_scores(model, stories, name, batch_tokens=batch_tokens), CLOZE)["mean"]
     return right
 
@@ -557,18 +605,18 @@ def score_documents(e, task):
 
 
 def heldout_nll(model, sources, seed, n_sequences, length, spans=((10, 30), (5, 15)), batch_tokens=16384, rank=0,
-                world_size=1):
+                world_size=1, stop=()):
     """{kind: summed (text nll, speech nll, text targets, speech targets)} over n_sequences held-out sequences each.
 
     spans: least and most words of a text and of a speech span in interleaved sequences. Sequences are shared among
-    ranks, so the sums of all ranks, float64 [4] each, add up to the same total.
+    ranks, so the sums of all ranks, float64 [4] each, add up to the same total. stop: as for topic_cloze
     """
     device, sums = next(model.parameters()).device, {}
     for kind, source in sources.items():
         sums[kind] = np.zeros(4)
         mine = np.arange(rank, n_sequences, world_size)
         for part in np.array_split(mine, max(1, -(-len(mine) * length // batch_tokens))):
-            if len(part) == 0:
+            if len(part) == 0 or stop:
                 continue
             rows, text_rows = data.sample({kind: source}, {kind: 1}, seed, VALIDATION, part, length + 1, model.config,
                                           *spans)
@@ -597,14 +645,15 @@ SPEECH = ("sblimp", "librispeech", "nll")  # a plain SmolLM cannot do these
 
 
 def newest_checkpoint(folder):
-    """The newest complete checkpoint of a run, or the folder itself if it holds a model."""
+    """The newest good checkpoint of a run, or the folder itself if it holds a model."""
     folder = Path(folder)
     if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
         return folder
-    found = sorted(folder.glob("checkpoint-*[0-9]"))
-    if not found:
-        raise SystemExit(f"{folder}: no checkpoint here; give --checkpoint=FOLDER of a run or of a model")
-    return found[-1]
+    found, bad = newest(folder, skip=("optimizer.safetensors",))
+    if found is None:
+        raise SystemExit(f"{folder}: no {'good ' if bad else ''}checkpoint here; give --checkpoint=FOLDER of a run or"
+                         f" of a model")
+    return found
 
 
 def made_with(folder):

@@ -614,15 +614,18 @@ def from_pretrained(folder, **overrides):
     return model
 
 
-def save_pretrained(model, folder, dtype=torch.float32):
-    """Write config.json, model.safetensors (the backbone; transformers opens it) and speech.safetensors (all added)."""
+def save_pretrained(model, folder, dtype=torch.float32, state=None):
+    """Write config.json, model.safetensors (the backbone; transformers opens it) and speech.safetensors (all added).
+
+    state: {name: tensor} to write instead of the weights that the model has at this moment
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields = dataclasses.asdict(model.config)
     llama = dict(architectures=["LlamaForCausalLM"], model_type="llama", bos_token_id=fields["eos_token_id"],
                  torch_dtype=str(dtype).removeprefix("torch."), **REQUIRED, **{key: fields.pop(key) for key in LLAMA})
     (folder / "config.json").write_text(json.dumps({**llama, "smoltolk": fields}, indent=1))
-    state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
+    state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in (state or model.state_dict()).items()}
     for stem, new in (("model", False), ("speech", True)):
         part = {name: t for name, t in state.items() if is_new(name) == new}
         save_file(part, folder / f"{stem}.safetensors", metadata={"format": "pt"})

@@ -7,13 +7,15 @@ Train a text-speech language model, stage by stage.
 
 Settings: the values below, then the config file's, then those of --key=value. A run's folder holds settings.json (all
 of them), log.jsonl (a line per logged step), checkpoint-* (model, optimizer, place in the run), and at the end
-results.json and loss.png. `--resume=true` goes on from the newest checkpoint.
+results.json and loss.png. `--resume=true` goes on from the newest checkpoint, exactly. SIGTERM, SIGUSR1 and Ctrl-C end
+a run after the step at hand, with a checkpoint. A step whose loss or gradient is not finite ends it too, and is kept:
+
+    python train.py --replay=out/train_tiny/replay-00000123               that step again: which sequence, which tensor
 """
 import ctypes
 import dataclasses
 import importlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -27,15 +29,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+import checkpoint
 import data
 import evaluate
 import model as smoltolk
+import replay as replaying
 import report
 from configurator import configure, fit, nearest
-from evaluate import all_sum, join_world
+from evaluate import all_sum, join_world, on_first
+from log import Log, plot_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
@@ -48,6 +53,8 @@ eval_sequences = 64         # held-out sequences of each kind
 eval_cloze_items = 100      # Topic-Cloze items scored along the way; the final table has all, and 4 x eval_sequences
 checkpoint_interval = 500   # steps
 keep_checkpoints = 2        # the newest ones stay
+keep_every = 0              # and those of every so many steps, 0: none
+replay = ""                 # folder of a step that was not finite: only make that one again, with its own settings
 wandb_project = ""          # log there too
 tensorboard = False         # and there, under out_dir
 
@@ -146,7 +153,7 @@ def check_settings(c, name, world):
                 " keep_checkpoints num_hidden_layers num_attention_heads num_key_value_heads").split():
         if getattr(c, key) < 1:
             raise SystemExit(f"{key}={getattr(c, key)}: give 1 or more")
-    for key in ("input_adapter_layers", "output_adapter_layers", "eval_cloze_items", "beta", "weight_decay"):
+    for key in "input_adapter_layers output_adapter_layers eval_cloze_items beta weight_decay keep_every".split():
         if getattr(c, key) < 0:
             raise SystemExit(f"{key}={getattr(c, key)}: give 0 or more")
     if c.grad_clip <= 0:
@@ -194,6 +201,7 @@ class Data(NamedTuple):
     train: dict               # {kind: data.Source}
     held: dict                # the same, held out
     cloze: data.DataSet | None
+    units: str | None         # the hash of the speech units
 
 
 def open_data(c, world):
@@ -220,7 +228,8 @@ def open_data(c, world):
     train = {k: data.open_source(k, getattr(c, k), *made_with, length) for k in sorted(kinds)}
     held = {k: data.open_source(k, getattr(c, f"val_{k}"), *made_with, length)
             for k in ("text", "speech", "interleaved") if getattr(c, f"val_{k}")}
-    return Data(tokenizer, train, held, data.open_set(c.cloze, *made_with) if c.cloze else None)
+    return Data(tokenizer, train, held, data.open_set(c.cloze, *made_with) if c.cloze else None,
+                described.get("hash"))
 
 
 def build_model(c, tokenizer):
@@ -259,7 +268,9 @@ def make_optimizer(model, c, device):
                       if p.requires_grad and smoltolk.is_new(n) == new and (p.dim() >= 2) == matrix]
             if params:
                 groups.append(dict(params=params, weight_decay=c.weight_decay if matrix else 0.0, new=new))
-    return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
+    optimizer.found_inf = torch.zeros((), device=device)  # from 1 on the fused kernels change nothing any more
+    return optimizer
 
 
 def make_runner(model, c, world):
@@ -279,14 +290,18 @@ def schedule(step, stage):
     return min(1.0, rise, fall if stage["decay"] else 1.0)
 
 
+def step_sequences(c, step, world):
+    """The sequences of a step that are this process's, by micro-batch: arrays of numbers within the stage."""
+    sequences = c.batch_tokens // c.sequence_length // world.size
+    mine = (step * world.size + world.rank) * sequences + np.arange(sequences)  # of the same global batch always
+    return np.array_split(mine, -(-sequences // c.micro_batch))
+
+
 def step_batches(c, model_config, sources, stage, number, world):
     """A function: step -> this process's micro-batches (data.Batch) of that step of stage `number`."""
-    sequences = c.batch_tokens // c.sequence_length // world.size
-
     def make(step):
-        mine = (step * world.size + world.rank) * sequences + np.arange(sequences)  # of the same global batch always
         batches = []
-        for index in np.array_split(mine, -(-sequences // c.micro_batch)):
+        for index in step_sequences(c, step, world):
             rows, text_rows = data.sample(sources, stage["mixture"], c.seed, number, index, c.sequence_length + 1,
                                           model_config, c.text_span, c.speech_span)
             if c.compile:  # as many in each batch, for one graph: a row of text may pass through the speech modules
@@ -296,14 +311,16 @@ def step_batches(c, model_config, sources, stage, number, world):
     return make
 
 
-def train_step(model, optimizer, batches, c, world, autocast):
+def train_step(model, optimizer, batches, c, world, autocast, stopping=0):
     """Forward, backward and update of one step.
 
-    Returns this process's summed losses (float32 [3] on the device: text nll, speech nll, -entropy), the numbers of
-    text and speech targets over all processes (float64 [2]), and the gradient norm before clipping.
+    Returns this process's summed losses (float32 [3] on the device: text nll, speech nll, -entropy); the numbers of
+    text and speech targets and the sum of `stopping` over all processes (float64 [3]); and the gradient norm before
+    clipping. If that or a loss is not finite, neither this step nor any later one changes weights or optimizer: the
+    device decides, and nobody has to wait for it until optimizer.found_inf is looked at.
     """
-    counts = all_sum([sum(b.n_text for b in batches), sum(b.n_speech for b in batches)], world)
-    n_text, n_speech = counts.tolist()  # of the whole step, so that the loss is one mean, however the step is cut up
+    counts = all_sum([sum(b.n_text for b in batches), sum(b.n_speech for b in batches), stopping], world)
+    n_text, n_speech, _ = counts.tolist()  # of the whole step, so that the loss is one mean, however the step is cut up
     sums = torch.zeros(3, device=world.device)
     for i, batch in enumerate(batches):
         if dist.is_initialized():
@@ -312,9 +329,11 @@ def train_step(model, optimizer, batches, c, world, autocast):
         with autocast:
             out = model(tokens[:, :-1], tokens[:, 1:], batch.text_rows, counts=batch[2:])
         loss = smoltolk.mean_loss(out, c.beta, n_text + n_speech, n_speech)
-        (loss * world.size).backward()  # DistributedDataParallel averages over processes, this makes it a sum
+        # DistributedDataParallel averages over processes, this makes it a sum; and a loss of inf shows on all of them
+        loss.backward(torch.where(loss.isfinite(), float(world.size), torch.nan).to(loss))
         sums += torch.stack([out.text_nll, out.speech_nll, out.negative_entropy]).detach()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
+    optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums, counts, norm
@@ -329,66 +348,116 @@ def step_flops(config, batches, stage, length):
     return total
 
 
-def train_stage(name, model, place, c, world, opened, log):
-    """Train one stage from place["step"] on, in place; place = {stage, step, total, tokens, flops, seconds}."""
+class Run(NamedTuple):
+    """What stays the same from the first step to the last."""
+    c: SimpleNamespace
+    world: evaluate.World
+    opened: Data
+    about: dict               # settings, identity of the data, and what else a checkpoint says about its run
+    log: "Log"
+    writer: checkpoint.Writer
+    heard: list               # signals that ask to stop
+    resumed: Path | None      # the checkpoint that this process has gone on from
+
+
+def train_stage(name, model, place, run):
+    """Train one stage from place["step"] on, in place; place = {stage, step, total, tokens, flops, seconds, since}.
+
+    Returns whether the run is to stop here, because a signal came.
+    """
+    c, world = run.c, run.world
     stage, number = c.stages[name], list(c.stages).index(name)
     set_trainable(model, stage["train"])
     optimizer = make_optimizer(model, c, world.device)
     if place["step"]:
-        load_optimizer(optimizer, model, evaluate.newest_checkpoint(c.out_dir))
+        load_optimizer(optimizer, model, run.resumed)
     runner = make_runner(model, c, world)
     half = pick_dtype(c.dtype, world.device) == torch.bfloat16
     autocast = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
 
-    make = step_batches(c, model.config, opened.train, stage, number, world)
-    since = Since(time.perf_counter())
-    for batches in data.prefetch(make, range(place["step"], stage["steps"])):
+    def due(interval):
+        return place["total"] % interval == 0 or place["step"] == stage["steps"]
+
+    def score():  # False: a signal cut it short
+        with autocast:
+            scores = held_out(model, run, c.eval_sequences, c.eval_cloze_items)
+        if scores is not None:
+            run.log.held_out(dict(step=place["total"], stage=name, **scores))
+        return scores is not None
+
+    def save():
+        place["since"] = keep_since(since, world)
+        if world.rank == 0:
+            save_checkpoint(model, optimizer, place, c, run.about, run.writer)
+
+    since = start_since(world, place["since"] if place["step"] else None)
+    stop = all_sum([len(run.heard)], world).item() > 0
+    if place["step"] and due(c.eval_interval) and on_first(lambda: run.log.scored, world) != place["total"]:
+        stop = stop or not score()  # a signal had come before that was done
+    if stop:
+        save()
+    make = step_batches(c, model.config, run.opened.train, stage, number, world)
+    for batches in data.prefetch(make, range(place["step"], 0 if stop else stage["steps"])):
         factor = schedule(place["step"], stage)
         for group in optimizer.param_groups:
             group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
-        sums, counts, norm = train_step(runner, optimizer, batches, c, world, autocast)
+        sums, counts, norm = train_step(runner, optimizer, batches, c, world, autocast, len(run.heard))
         flops = step_flops(model.config, batches, stage, c.sequence_length) * world.size
-        since = since._replace(sums=since.sums + sums, counts=since.counts + counts, flops=since.flops + flops,
-                               steps=since.steps + 1)
+        since = since._replace(sums=since.sums + sums, counts=since.counts + counts[:2], flops=since.flops + flops,
+                               steps=since.steps + 1, norm=torch.maximum(since.norm, norm))
         for key, more in (("step", 1), ("total", 1), ("tokens", c.batch_tokens), ("flops", flops)):
             place[key] += more
-        last = place["step"] == stage["steps"]
+        stop = counts[2] > 0 or world.size == 1 and len(run.heard) > 0
 
-        if place["total"] % c.log_interval == 0 or last:
-            line = log_line(name, stage, factor, place, since, norm, c, world)
-            log.step(line)
-            if not math.isfinite((line["text_nll"] or 0) + (line["speech_nll"] or 0) + line["grad_norm"]):
-                raise SystemExit(f"step {place['total']}: the loss or its gradient is not finite; go on from the last"
-                                 f" checkpoint with --resume=true and a lower learning rate")
-            since = Since(time.perf_counter())
+        look = stop or any(map(due, (c.log_interval, c.eval_interval, c.checkpoint_interval)))
+        if look and optimizer.found_inf:
+            stop_not_finite(model, optimizer, place, stage, number, run, autocast)
+        if due(c.log_interval):
+            run.log.step(log_line(name, stage, factor, place, since, c, world))
+            since = start_since(world)
         paused = time.perf_counter()
-        if (place["total"] % c.checkpoint_interval == 0 or last) and world.rank == 0:
-            save_checkpoint(model, optimizer, place, c)
-        if place["total"] % c.eval_interval == 0 or last:
-            with autocast:
-                scores = held_out(model, opened, c, world, c.eval_sequences, c.eval_cloze_items)
-            log.held_out(dict(step=place["total"], stage=name, **scores))
+        if due(c.eval_interval) and not stop:
+            stop = not score()
+        if due(c.checkpoint_interval) or stop:  # after the scores: what a checkpoint has behind it is in the log
+            save()
         since = since._replace(began=since.began + time.perf_counter() - paused)
+        if stop:
+            break
+    return stop
 
 
 class Since(NamedTuple):
     """What has been added up since the last logged step."""
-    began: float                            # time.perf_counter(), moved on by what evaluations and checkpoints take
-    sums: torch.Tensor | float = 0.0        # of this process: text nll, speech nll, -entropy
-    counts: torch.Tensor | float = 0.0      # of all: text and speech targets
-    flops: int = 0
-    steps: int = 0
+    began: float              # time.perf_counter(), moved on by what evaluations and checkpoints take
+    sums: torch.Tensor        # of this process: text nll, speech nll, -entropy
+    counts: torch.Tensor      # of all: text and speech targets
+    flops: int
+    steps: int
+    norm: torch.Tensor        # the largest of the gradient
 
 
-def log_line(name, stage, factor, place, since, norm, c, world):
-    """One line of log.jsonl: means over the steps since the last one."""
+def start_since(world, kept=None):
+    """Nothing yet, or what keep_since has kept in a checkpoint; the first process then has the others' sums too."""
+    kept = kept or dict(seconds=0.0, sums=[0.0] * 3, counts=[0.0] * 2, flops=0, steps=0, norm=0.0)
+    sums = torch.tensor(kept["sums"], device=world.device) * (world.rank == 0)
+    return Since(time.perf_counter() - kept["seconds"], sums, torch.tensor(kept["counts"], dtype=torch.float64),
+                 kept["flops"], kept["steps"], torch.tensor(kept["norm"], device=world.device))
+
+
+def keep_since(since, world):
+    return dict(seconds=time.perf_counter() - since.began, sums=all_sum(since.sums, world).tolist(),
+                counts=since.counts.tolist(), flops=since.flops, steps=since.steps, norm=float(since.norm))
+
+
+def log_line(name, stage, factor, place, since, c, world):
+    """One line of log.jsonl: means over the steps since the last one, and the largest gradient norm among them."""
     text_nll, speech_nll, negative_entropy = all_sum(since.sums, world).tolist()
     n_text, n_speech = since.counts.tolist()
     seconds = time.perf_counter() - since.began
     place["seconds"] += seconds
     return dict(
         step=place["total"], stage=name, stage_step=place["step"], tokens=place["tokens"], flops=place["flops"],
-        seconds=round(place["seconds"], 3), grad_norm=float(norm),
+        seconds=round(place["seconds"], 3), grad_norm=float(since.norm),
         text_nll=text_nll / n_text if n_text else None, speech_nll=speech_nll / n_speech if n_speech else None,
         entropy=-negative_entropy / n_speech if n_speech else None,
         learning_rate=factor * stage["learning_rate"] if stage["train"] != "new" else 0.0,
@@ -404,43 +473,61 @@ def utilisation(flops_per_second, device):
     return flops_per_second / peak if peak else None
 
 
-def held_out(model, opened, c, world, n_sequences, cloze_items=None):
-    """Held-out scores, shared among processes: mean NLL in nats by kind; Topic-Cloze on cloze_items (None: all)."""
+def held_out(model, run, n_sequences, cloze_items=None):
+    """Held-out scores, shared among processes: mean NLL in nats by kind; Topic-Cloze on cloze_items (None: all).
+
+    None if a signal has come to any process meanwhile: what was left is left out.
+    """
+    c, world, opened, stop = run.c, run.world, run.opened, run.heard
     scores, batch_tokens = {}, c.micro_batch * c.sequence_length
     model.eval()
     if opened.held:
         sums = evaluate.heldout_nll(model, opened.held, c.seed, n_sequences, c.sequence_length,
-                                    (c.text_span, c.speech_span), batch_tokens, world.rank, world.size)
+                                    (c.text_span, c.speech_span), batch_tokens, world.rank, world.size, stop)
         scores["nll"] = report.nll_table(dict(zip(sums, all_sum(np.stack(list(sums.values())), world).numpy())))
     if opened.cloze and cloze_items != 0:
         items = opened.cloze.meta["documents"] // 3
         mine = range(world.rank, min(cloze_items or items, items), world.size)
-        sums = report.cloze_sums(evaluate.topic_cloze(model, opened.cloze, batch_tokens, mine))
-        scores["topic_cloze"] = report.cloze_table(dict(zip(sums, all_sum(list(sums.values()), world).tolist())))
+        right = evaluate.topic_cloze(model, opened.cloze, batch_tokens, mine, stop)
+        if not all_sum([len(stop)], world).item():  # otherwise not all have all of it
+            sums = report.cloze_sums(right)
+            scores["topic_cloze"] = report.cloze_table(dict(zip(sums, all_sum(list(sums.values()), world).tolist())))
     model.train()
-    return scores
+    return None if all_sum([len(stop)], world).item() else scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# checkpoints: a folder each, written under another name and renamed when whole
+# checkpoints, and the step that was not finite
 
-def save_checkpoint(model, optimizer, place, c):
-    """checkpoint-<step>: the model's folder, tokenizer.json, optimizer.safetensors and train.json (place, settings)."""
-    folder = Path(c.out_dir) / f"checkpoint-{place['total']:08d}"
-    temporary = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    smoltolk.save_pretrained(model, temporary)
-    shutil.copy(c.tokenizer, temporary / "tokenizer.json")
+def save_checkpoint(model, optimizer, place, c, about, writer):
+    """Start writing checkpoint-<step> in the writer's thread; training is held while tensors are copied."""
+    folder, place = Path(c.out_dir) / f"checkpoint-{place['total']:08d}", dict(place)
+    weights, moments = model.state_dict(), optimizer_state(optimizer, model)
+
+    def write(copies):
+        if folder.exists():  # a signal came before the next step
+            return
+        with checkpoint.whole_folder(folder, manifest=True) as new:
+            write_state(new, model, {name: copies[name] for name in weights}, {name: copies[name] for name in moments},
+                        c, dict(place=place, **about))
+        checkpoint.prune(c.out_dir, c.keep_checkpoints, c.keep_every)
+    writer.start(folder, weights | moments, write)
+
+
+def write_state(folder, model, weights, moments, c, about):
+    """The model's folder, tokenizer.json, units.json, optimizer.safetensors and train.json (about)."""
+    smoltolk.save_pretrained(model, folder, state=weights)
+    shutil.copy(c.tokenizer, folder / "tokenizer.json")
     if c.units:
-        shutil.copy(f"{c.units}/units.json", temporary / "units.json")
+        shutil.copy(f"{c.units}/units.json", folder / "units.json")
+    save_file(moments, folder / "optimizer.safetensors")
+    (folder / "train.json").write_text(json.dumps(about, indent=1))
+
+
+def optimizer_state(optimizer, model):
+    """{parameter.key: tensor}, no key of which is a parameter's name."""
     names = {p: n for n, p in model.named_parameters()}
-    save_file({f"{names[p]}.{key}": value.contiguous() for p, state in optimizer.state.items()
-               for key, value in state.items()}, temporary / "optimizer.safetensors")
-    (temporary / "train.json").write_text(json.dumps(dict(place=place, settings=vars(c)), indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    for old in sorted(Path(c.out_dir).glob("checkpoint-*[0-9]"))[:-c.keep_checkpoints]:
-        shutil.rmtree(old)
+    return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
 def load_optimizer(optimizer, model, folder):
@@ -450,175 +537,171 @@ def load_optimizer(optimizer, model, folder):
             optimizer.state[p] = {k: saved[f"{name}.{k}"].to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the user sees
+def stop_not_finite(model, optimizer, place, stage, number, run, autocast):
+    """End the run at a step whose loss or gradient was not finite: name it, and keep it in replay-<step>."""
+    c, world = run.c, run.world
+    done = max(int(state["step"]) for state in optimizer.state.values())  # updates of this stage before that step
+    place |= dict(total=place["total"] - place["step"] + done + 1, step=done)
+    batches, names = [], []
+    for rank in range(world.size):
+        its_world = world._replace(rank=rank)
+        batches.append(step_batches(c, model.config, run.opened.train, stage, number, its_world)(done))
+        names.append([replaying.name_sequences(run.opened.train, stage["mixture"], c.seed, number, index)
+                      for index in step_sequences(c, done, its_world)])
+    for line in replaying.suspects(model, batches[world.rank], names[world.rank], c.beta, autocast):
+        print(f"step {place['total']}, rank {world.rank}: {line}", file=sys.stderr)
+    folder = Path(c.out_dir) / f"replay-{place['total']:08d}"
+    batches, names = sum(batches, []), sum(names, [])
 
-class Log:
-    """log.jsonl, lines and a bar on the terminal, wandb or TensorBoard if asked. Silent on all ranks but the first."""
-
-    def __init__(self, c, world, place):
-        self.on, self.bar, self.out = world.rank == 0, None, []
-        if not self.on:
-            return
-        self.path, steps = Path(c.out_dir) / "log.jsonl", sum(s["steps"] for s in c.stages.values())
-        kept = [line for line in read_log(c.out_dir) if line["step"] <= place["total"]]  # later ones come again
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.bar = tqdm(total=steps, initial=place["total"], disable=None, unit="step")
-        self.steps = steps
-        if c.wandb_project:
-            wandb = importlib.import_module("wandb")
-            wandb.init(project=c.wandb_project, name=Path(c.out_dir).name, config=vars(c))
-            self.out.append(lambda line: wandb.log(flat(line), step=line["step"]))
-        if c.tensorboard:
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(c.out_dir)
-            self.out.append(lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in flat(line).items()])
-
-    def write(self, line, text):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-        for out in self.out:
-            out(line)
-        tqdm.write(text)
-
-    def step(self, line):
-        if not self.on:
-            return
-        self.bar.update(line["step"] - self.bar.n)
-        left = (self.steps - line["step"]) * line["seconds"] / line["step"]
-        losses = "  ".join(f"{k} {line[k + '_nll']:.3f}" for k in ("text", "speech") if line[k + "_nll"] is not None)
-        rates = "  ".join(f"{k} {line[k]:.1e}" for k in ("learning_rate", "speech_learning_rate") if line[k])
-        mfu = f"  mfu {100 * line['mfu']:.1f}%" if line["mfu"] else ""
-        self.write(line, f"{line['stage']} {line['stage_step']:5d}  {losses}  {rates}  "
-                         f"{line['tokens_per_second']:,.0f} tokens/s{mfu}  {left / 60:.1f} min left")
-
-    def held_out(self, line):
-        if self.on:
-            text = "   held out"
-            for kind, nll in line.get("nll", {}).items():
-                text += f"  {kind}: " + " ".join(f"{m} {v:.3f}" for m, v in nll.items())
-            if "topic_cloze" in line:
-                text += "  cloze: " + " ".join(f"{k} {v['accuracy']:.0f}" for k, v in line["topic_cloze"].items())
-            self.write(line, text)
+    def write():
+        run.writer.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        with checkpoint.whole_folder(folder, manifest=True) as new:
+            write_state(new, model, model.state_dict(), optimizer_state(optimizer, model), c,
+                        dict(place=place, **run.about, text_rows=[b.text_rows for b in batches], sequences=names))
+            save_file({str(i): b.tokens for i, b in enumerate(batches)}, new / "batches.safetensors")
+    on_first(write, world)
+    raise SystemExit(f"step {place['total']}: the loss or its gradient is not finite, no weight was changed by it; see"
+                     f" python train.py --replay={folder}, then train with a lower learning rate or without that data")
 
 
-def flat(line, prefix=""):
-    """Nested numbers as one dict with names like held_out/text/speech."""
-    found = {}
-    for key, value in line.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)):
-            found[prefix + key] = value
-    return found
-
-
-def read_log(out_dir):
-    path = Path(out_dir) / "log.jsonl"
-    lines = path.read_text().split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line end is empty, or torn by a crash
-
-
-def plot_loss(out_dir):
-    """loss.png from log.jsonl: training loss by kind of target, held-out NLL by kind of sequence, Topic-Cloze."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    lines = read_log(out_dir)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), sharex=True, layout="constrained")
-    colours = {"text": "#0072B2", "speech": "#D55E00"}  # Okabe and Ito's, told apart by colour-blind readers
-
-    def curve(axis, value, *style, **options):
-        points = [(x["step"], value(x)) for x in lines if value(x) is not None]
-        if points:
-            axis.plot(*zip(*points), *style, **options)
-
-    for name, colour in colours.items():
-        curve(axes[0], lambda x, k=f"{name}_nll": x.get(k), color=colour, label=f"{name} targets")
-        curve(axes[1], lambda x, k=name: x.get("nll", {}).get(k, {}).get(k), "o-", color=colour, markersize=4,
-              label=f"{name} sequences")
-        curve(axes[1], lambda x, k=name: x.get("nll", {}).get("interleaved", {}).get(k), "s--", color=colour,
-              markersize=4, label=f"{name} in interleaved sequences")
-    for (name, (_, after)), style in zip(evaluate.SETTINGS.items(), ("o-", "o-", "s--", "s--")):
-        curve(axes[2], lambda x, k=name: x.get("topic_cloze", {}).get(k, {}).get("accuracy"), style,
-              color=colours[after], markersize=4, label=name)
-    stages = [(b["step"], b["stage"]) for a, b in zip([{}, *lines], lines) if a.get("stage") != b["stage"]]
-    for axis, title, unit in zip(axes, ("training loss", "held-out loss", "Topic-Cloze along the way"),
-                                 ("nats per target", "nats per target", "% right (chance: 50)")):
-        for step, stage in stages:
-            axis.axvline(step, color="0.8", linewidth=1, zorder=0)
-            axis.text(step, 1, f" {stage}", color="0.4", fontsize=8, va="top", transform=axis.get_xaxis_transform())
-        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.savefig(Path(out_dir) / "loss.png", dpi=110)
-    plt.close(figure)
+def replay_step(folder, device):
+    """Make the step in a replay folder again, on one process, and say which sequence and which tensor it was."""
+    folder, world = Path(folder), evaluate.World(device=torch.device(evaluate.pick_device(device)))
+    if wrong := checkpoint.fault(folder):
+        raise SystemExit(f"{folder}: {wrong}; give --replay=FOLDER of a step that was kept")
+    saved = json.loads((folder / "train.json").read_text())
+    c, place, tokens = SimpleNamespace(**saved["settings"]), saved["place"], load_file(folder / "batches.safetensors")
+    name, stage = list(c.stages.items())[place["stage"]]
+    model = smoltolk.from_pretrained(folder).to(world.device)
+    set_trainable(model, stage["train"])
+    optimizer = make_optimizer(model, c, world.device)
+    if place["step"]:
+        load_optimizer(optimizer, model, folder)
+    batches = [data.make_batch(tokens[str(i)].numpy(), n, model.config) for i, n in enumerate(saved["text_rows"])]
+    half = pick_dtype(c.dtype, world.device) == torch.bfloat16
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
+    sums, counts, norm = train_step(model, optimizer, batches, c, world, autocast)
+    print(f"step {place['total']} (step {place['step']} of {name}): nll text {sums[0] / counts[0]:.6g}, speech"
+          f" {sums[1] / counts[1]:.6g}; gradient norm {norm:.6g}")
+    for line in replaying.explain(model, batches, saved["sequences"], c.beta, autocast):
+        print(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-FREE = set("resume out_dir device dtype compile micro_batch log_interval eval_interval eval_sequences eval_cloze_items "
+FREE = set("device dtype compile micro_batch log_interval eval_interval eval_sequences eval_cloze_items keep_every "
            "checkpoint_interval keep_checkpoints wandb_project tensorboard".split())  # may change when a run goes on
+PLACES = {*DEMO, "demo", "init_from"}  # so may these: what lies there is compared instead
 
 
-def begin(c, world, tokenizer):
-    """(model, place): a fresh run, or the newest checkpoint's. A run that is already there is never overwritten."""
-    there = sorted(Path(c.out_dir).glob("checkpoint-*[0-9]"))
-    if there and not c.resume:
-        raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
-    if c.resume and not there:
-        raise SystemExit(f"{c.out_dir}: no checkpoint to go on from; leave --resume out")
-    place = dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
+def begin(c, world, tokenizer, about):
+    """(model, place, the checkpoint gone on from, {what has changed since: [was, is]}, the lock on out_dir).
+
+    A fresh run, or the newest good checkpoint's. A run that is already there is never overwritten; torchrun, when it
+    starts all processes again because one has died, goes on from it.
+    """
+    restarted = all_sum([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], world).item() > 0  # each node counts
+    lock = []
+
+    def look():
+        there = len(checkpoint.checkpoints(c.out_dir)) > 0
+        if there and not (c.resume or restarted):
+            raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
+        if c.resume and not there:
+            raise SystemExit(f"{c.out_dir}: no checkpoint to go on from; leave --resume out")
+        if not there and (Path(c.out_dir) / "results.json").exists():
+            raise SystemExit(f"{c.out_dir}: holds the results of a run without its checkpoints; set another --out_dir")
+        return there
+
+    def take():
+        lock.append(checkpoint.lock(c.out_dir))
+        checkpoint.clean(c.out_dir)
+        folder, bad = checkpoint.newest(c.out_dir)
+        if bool(folder) != there:
+            raise SystemExit(f"{c.out_dir}: {'no checkpoint is whole' if there else 'another run began'}; set another"
+                             f" --out_dir")
+        saved = json.loads((folder / "train.json").read_text()) if folder else about
+        refused, changed = checkpoint.differences(saved, about, FREE | PLACES)
+        if refused:
+            lines = "; ".join(f"{key}={was!r}, not {now!r}" for key, (was, now) in refused.items())
+            raise SystemExit(f"{c.out_dir}: was trained with {lines}; resume with the same, or set another --out_dir")
+        for broken in bad:  # out of the way of the good ones to come
+            aside = broken.with_name(f"bad-{broken.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            broken.rename(aside)
+        checkpoint.prune(c.out_dir, c.keep_checkpoints, c.keep_every)
+        return str(folder or ""), saved.get("place"), changed
+
+    there = on_first(look, world)
     try:
-        if not there:
-            return build_model(c, tokenizer).to(world.device), place
-        saved = json.loads((there[-1] / "train.json").read_text())
-        for key, was in saved["settings"].items():
-            if key not in FREE and getattr(c, key, None) != was:
-                raise SystemExit(f"{c.out_dir}: was trained with {key}={was!r}, not {getattr(c, key, None)!r}; resume"
-                                 f" with the same, or set another --out_dir")
-        return smoltolk.from_pretrained(there[-1]).to(world.device), saved["place"]
+        model = None if there else build_model(c, tokenizer)
+        folder, place, changed = on_first(take, world)
+        model = model or smoltolk.from_pretrained(folder)
     except ValueError as e:  # says which file and what
         raise SystemExit(str(e)) from None
+    place = place or dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0, since=None)
+    return model.to(world.device), place, Path(folder), changed, lock
 
 
+@record  # torchrun then shows the first error of all
 def main(argv):
     settings, name = configure(DEFAULTS, argv, complete_stages)
+    if settings["replay"]:
+        return replay_step(settings["replay"], settings["device"])
     reuse_memory()
     world = join_world(settings["device"])
     started = time.perf_counter()
     c = check_settings(settings, name, world)
+    code = {path.name: checkpoint.digest(path)[:16] for path in Path(__file__).resolve().parent.glob("*.py")}
+    made = dict(torch=torch.__version__, processes=world.size, **code)
+    evaluate.same_on_all(vars(c) | made, world)
     opened = open_data(c, world)
-    model, place = begin(c, world, opened.tokenizer)
+    sources = opened.train | {f"val_{kind}": source for kind, source in opened.held.items()}
+    sources |= {"cloze": data.Source([opened.cloze], np.ones(1))} if opened.cloze else {}
+    read = checkpoint.identify(sources, tokenizer=opened.tokenizer.hash, units=opened.units)
+    about = json.loads(json.dumps(dict(settings=vars(c), data=read, made=made)))
+    evaluate.same_on_all(about["data"], world)
+    model, place, resumed, changed, lock = begin(c, world, opened.tokenizer, about)
     if world.rank == 0:
-        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-        (Path(c.out_dir) / "settings.json").write_text(json.dumps(vars(c), indent=1))
+        checkpoint.replace_file(Path(c.out_dir) / "settings.json", json.dumps(vars(c), indent=1))
         text_size, new_size = smoltolk.count_parameters(model)
         print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"
               f" {world.device.type} in {str(pick_dtype(c.dtype, world.device)).removeprefix('torch.')}")
-    log = Log(c, world, place)
-    for number, stage in list(enumerate(c.stages))[place["stage"]:]:
-        if place["stage"] != number:
-            place |= dict(stage=number, step=0)
-        train_stage(stage, model, place, c, world, opened, log)
-    finish(model, opened, place, c, world, log, started)
+    with checkpoint.listen() as heard:
+        run = Run(c, world, opened, about, Log(c, world, place), checkpoint.Writer(), heard, resumed)
+        run.log.changed(dict(step=place["total"], stage=list(c.stages)[place["stage"]], changed=changed))
+        stop = False
+        for number, stage in list(enumerate(c.stages))[place["stage"]:]:
+            if place["stage"] != number:
+                place |= dict(stage=number, step=0)
+            stop = train_stage(stage, model, place, run)
+            if stop:
+                break
+        stop = stop or not finish(model, place, run, started)
+        if wrong := run.writer.wait():
+            raise SystemExit(wrong)
+    if stop and world.rank == 0:
+        print(f"{', '.join(heard) or 'a signal'}: stopped after step {place['total']}; go on with\n"
+              f"  {checkpoint.resume_command(argv)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def finish(model, opened, place, c, world, log, started):
-    """The final table, in fp32: results.json, and on the terminal; the curves."""
-    scores = held_out(model, opened, c, world, 4 * c.eval_sequences)
-    if world.rank != 0:
-        return
-    log.bar.close()
+def finish(model, place, run, started):
+    """The final table, in fp32: results.json, and on the terminal; the curves. False if a signal came before."""
+    c, scores = run.c, held_out(model, run, 4 * run.c.eval_sequences)
+    if scores is None or run.world.rank != 0:
+        return scores is not None
+    run.log.bar.close()
     results = dict(config=Path(c.out_dir).name, seed=c.seed, steps=place["total"], tokens=place["tokens"],
                    flops=place["flops"], training_seconds=place["seconds"], **scores,
                    seconds=time.perf_counter() - started)
-    (Path(c.out_dir) / "results.json").write_text(json.dumps(results, indent=1))
+    checkpoint.replace_file(Path(c.out_dir) / "results.json", json.dumps(results, indent=1))
     plot_loss(c.out_dir)
     print(report.as_text(results))
     print(f"{results['seconds'] / 60:.1f} minutes; {c.out_dir}/results.json, loss.png, log.jsonl")
+    return True
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import time
 import zlib
 from typing import NamedTuple
@@ -385,7 +384,8 @@ def make(out="data/demo", seed=0, text=20000, train=2000, val=100, test=500, n_u
     A finished demo with the same parameters is left as it is. SystemExit if there is another thing at `out`,
     RuntimeError without espeak-ng.
     """
-    import data  # here, not above: it brings in torch, which the speaking processes can do without
+    import data  # here, not above: they bring in torch, which the speaking processes can do without
+    from checkpoint import whole_folder
 
     parameters = dict(seed=seed, text=text, train=train, val=val, test=test, n_units=n_units, vocab_size=vocab_size,
                       speakers=[list(speaker) for speaker in SPEAKERS], version=VERSION)
@@ -401,9 +401,8 @@ def make(out="data/demo", seed=0, text=20000, train=2000, val=100, test=500, n_u
     written = [" ".join(story.sentences) for story in stories]
     recordings, codebook = speak_all(sets, n_units, seed, workers)
 
-    temporary = f"{out.rstrip('/')}.{os.getpid()}.tmp"
-    os.makedirs(temporary)
-    try:
+    with whole_folder(out) as folder:
+        temporary = str(folder)
         path = os.path.join(temporary, "tokenizer.json")
         train_tokenizer(written + [" ".join(story.sentences) for story in sets["paired"]], vocab_size, path)
         about = write_sets(temporary, data, written, recordings, codebook, seed)
@@ -411,10 +410,6 @@ def make(out="data/demo", seed=0, text=20000, train=2000, val=100, test=500, n_u
         about = dict(parameters=parameters, **about, seconds_taken=round(time.time() - began, 1))
         with open(os.path.join(temporary, "demo.json"), "w") as file:
             json.dump(about, file, indent=1)
-        os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return about
 
 

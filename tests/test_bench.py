@@ -70,7 +70,7 @@ def test_the_other_parts(tmp_path, capsys, monkeypatch):
     for part in parts.split(","):
         assert all(value > 0 for value in report[part].values()), part
     assert report["generate"]["bound_per_second"] == pytest.approx(1e10 / report["generate"]["weight_bytes"])
-    held, written = report["checkpoint"]["held_seconds"], report["checkpoint"]["written_seconds"]
+    held, written = report["checkpoint"]["held_first_seconds"], report["checkpoint"]["written_seconds"]
     assert held <= written and report["checkpoint"]["bytes"] > 12 * report["memory"]["parameters"]
     assert not (ROOT / "out" / "default").exists()
 

@@ -202,3 +202,17 @@ def test_no_text_of_a_value_escapes_as_another_error(text):
             assert type(config[key]) is type(DEFAULTS[key]) or (key == "text" and isinstance(config[key], dict))
         except SystemExit as error:
             assert key in str(error)
+
+
+@pytest.mark.parametrize("text", [
+    "9**9**9", "2**5000", "(-7)**9999", "[0] * 10**9", "10**9 * 'a'", "'%999999999d' % 1", "(2**4000) * (2**4000)",
+    "'a' * 10**5 + 'b' * 10**5", "9**99 * [1]"])
+def test_nothing_fills_the_memory(tmp_path, text):
+    fails([write(tmp_path, "a.py", f"steps = {text}")], "a.py:1: ", "is too large for a setting")
+    fails([f"--steps={text}"], "--steps=", "give a value of type int")
+
+
+def test_what_is_large_and_fine(tmp_path):
+    path = write(tmp_path, "a.py", "text = ['a'] * 9 + 0 * ['b']\nsteps = 2**40 // 3 % 10**9")
+    config, _ = configure(DEFAULTS, [str(path)])
+    assert config["text"] == ["a"] * 9 and config["steps"] == 2**40 // 3 % 10**9

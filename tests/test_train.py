@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import configurator
 import data
 import evaluate
+import log
 import report
 import train
 from model import Config, SmolTolk, from_pretrained
@@ -56,7 +57,7 @@ def weights(folder):
 
 def losses(out):
     keys = ("text_nll", "speech_nll", "entropy", "grad_norm")
-    return {(x["step"], k): x[k] for x in train.read_log(out) for k in keys if x.get(k) is not None}
+    return {(x["step"], k): x[k] for x in log.read_log(out) for k in keys if x.get(k) is not None}
 
 
 def test_stages_train_what_they_say(run):
@@ -75,7 +76,7 @@ def test_stages_train_what_they_say(run):
 
 
 def test_what_a_run_leaves(run):
-    lines = train.read_log(run)
+    lines = log.read_log(run)
     steps = [x for x in lines if "tokens" in x]
     assert [x["step"] for x in steps] == list(range(1, 18)) and steps[-1]["tokens"] == 17 * 64 * 12
     assert [x["stage"] for x in steps] == ["text"] * 4 + ["stage1"] * 6 + ["stage2"] * 7
@@ -143,10 +144,10 @@ def test_two_processes_do_what_one_does(run, demo_folder, tmp_path):
     assert one.keys() == two.keys()
     for key in one:
         assert two[key] == pytest.approx(one[key], rel=2e-5), key
-    held = [[x for x in train.read_log(out) if "nll" in x] for out in (run, tmp_path / "two")]
+    held = [[x for x in log.read_log(out) if "nll" in x] for out in (run, tmp_path / "two")]
     for a, b in zip(*held):
-        assert train.flat(a["topic_cloze"]) == pytest.approx(train.flat(b["topic_cloze"]))
-        assert train.flat(b["nll"]) == pytest.approx(train.flat(a["nll"]), rel=1e-4)
+        assert log.flat(a["topic_cloze"]) == pytest.approx(log.flat(b["topic_cloze"]))
+        assert log.flat(b["nll"]) == pytest.approx(log.flat(a["nll"]), rel=1e-4)
     first, second = weights(run / "checkpoint-00000017"), weights(tmp_path / "two" / "checkpoint-00000017")
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=2e-5)
@@ -337,7 +338,7 @@ def test_evaluate_gives_the_table_of_the_run(run, demo_folder, capsys, monkeypat
     evaluate.main([f"--checkpoint={run}", f"--cloze={demo_folder / 'cloze'}", "--sequence_length=64", "--seed=1",
                    "--val_sequences=24", f"--out={tmp_path / 'e.json'}", "--device=cpu", *sets])
     ours, theirs = json.loads((tmp_path / "e.json").read_text()), json.loads((run / "results.json").read_text())
-    assert train.flat(ours["nll"]) == pytest.approx(train.flat(theirs["nll"]), rel=1e-4)
-    assert train.flat(ours["topic_cloze"]) == pytest.approx(train.flat(theirs["topic_cloze"]))
+    assert log.flat(ours["nll"]) == pytest.approx(log.flat(theirs["nll"]), rel=1e-4)
+    assert log.flat(ours["topic_cloze"]) == pytest.approx(log.flat(theirs["topic_cloze"]))
     with pytest.raises(SystemExit, match="no checkpoint here"):
         evaluate.main([f"--checkpoint={tmp_path}"])

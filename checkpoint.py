@@ -1,0 +1,265 @@
+"""
+Folders that are whole or not there, and what else a run needs to be killed at any moment and go on.
+
+A folder is written under a hidden name, forced to the disk, and renamed: under its own name nobody ever sees a part of
+it. A checkpoint also has files.json, size and SHA-256 of each of its files, so that what was cut or changed later is
+noticed, named, and not used. Nothing here knows what a model is.
+"""
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+MANIFEST = "files.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+@contextmanager
+def whole_folder(out, manifest=False):
+    """A new folder to write into, which becomes `out` when all has gone well, and otherwise leaves nothing.
+
+    manifest: with files.json, for fault(). OSError if there is something at `out`, or no room.
+    """
+    out = Path(out)
+    folder = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if manifest:
+            files = {path.name: [path.stat().st_size, digest(path)] for path in sorted(folder.iterdir())}
+            (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+        for path in [*folder.rglob("*"), folder]:
+            to_disk(path)
+        os.rename(folder, out)
+        to_disk(out.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def replace_file(path, text):
+    """Write a text file that is the old one or the new one, never a part of either. SystemExit if it cannot be done."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        to_disk(temporary)
+        os.replace(temporary, path)
+        to_disk(path.parent)
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be written ({error.strerror}); make room there") from None
+
+
+def to_disk(path):
+    """Return when a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, so that training is held only while tensors are copied to memory."""
+
+    def __init__(self):
+        self.thread, self.error, self.host = None, "", {}  # host: the copies, in memory that is used again each time
+
+    def start(self, name, tensors, write):
+        """Call write(copies) in the thread. tensors, copies: {name: tensor}; waits for the write before this one."""
+        import torch  # here, because what only writes folders can do without
+        self.wait()
+        for key, tensor in tensors.items():
+            if key not in self.host or self.host[key].shape != tensor.shape:
+                self.host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            # On CUDA only queued, and in the queue of the training step: so the optimizer comes after it by itself
+            self.host[key].copy_(tensor, non_blocking=tensor.is_cuda)
+        copied = torch.cuda.Event() if any(tensor.is_cuda for tensor in tensors.values()) else None
+        if copied:
+            copied.record()
+        self.host = {key: self.host[key] for key in tensors}
+
+        def work():
+            try:
+                if copied:
+                    copied.synchronize()
+                write(self.host)
+                self.error = ""
+            except Exception as error:  # full, read-only or gone: safetensors and the system say it in their own ways
+                self.error = f"{name}: could not be written ({error}); the checkpoint before it is whole; make room"
+                tqdm.write(f"{self.error}. Training goes on, the next one is tried as usual", file=sys.stderr)
+        self.thread = threading.Thread(target=work)
+        self.thread.start()
+
+    def wait(self):
+        """Wait for the write that is going on; returns what went wrong with the last one, "" if nothing did."""
+        if self.thread:
+            self.thread.join()
+        return self.error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finding
+
+def checkpoints(out_dir):
+    """The checkpoints of a run, oldest first."""
+    return sorted(Path(out_dir).glob("checkpoint-*[0-9]"))
+
+
+def fault(folder, skip=()):
+    """What is wrong with a folder that was written with files.json, or "". skip: names of files that are not read."""
+    name = MANIFEST
+    try:
+        for name, (size, sha256) in json.loads((Path(folder) / MANIFEST).read_text()).items():
+            path = Path(folder) / name
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if name not in skip and digest(path) != sha256:
+                return f"{name} is not as it was written"
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is not as it was written"
+    return ""
+
+
+def newest(out_dir, skip=()):
+    """(the newest good checkpoint of a run or None, the bad ones that are newer). Says what is wrong with these."""
+    bad = []
+    for folder in reversed(checkpoints(out_dir)):
+        wrong = fault(folder, skip)
+        if not wrong:
+            return folder, bad
+        print(f"{folder}: {wrong}; it is not used", file=sys.stderr)
+        bad.append(folder)
+    return None, bad
+
+
+def prune(out_dir, keep, every):
+    """Remove all but the newest `keep` checkpoints and those of steps that `every` divides (0: none of them)."""
+    for old in checkpoints(out_dir)[:-keep]:
+        if not every or int(old.name.rpartition("-")[2]) % every:
+            gone = old.rename(old.with_name(f".{old.name}.{os.getpid()}"))  # at once; the rest may take a while
+            shutil.rmtree(gone)
+
+
+def clean(out_dir):
+    """Remove what a run that was killed had begun to write or to remove."""
+    for path in Path(out_dir).glob(".*.[0-9]*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# is it the same run?
+
+def identify(sources, **known):
+    """{what: [hash, share of it, where it lies]} of all that a run reads; the first two are the same wherever it lies.
+
+    sources   {name: data.Source}. The hash of a data set is over its meta.json and four pieces of each array: it takes
+              no time at any size
+    known     hashes of other things
+    """
+    found = {key: [value] for key, value in known.items()}
+    for key, source in sources.items():
+        for i, (shard, share) in enumerate(zip(source.shards, np.diff(source.cumulated, prepend=0))):
+            read = hashlib.sha256(json.dumps(shard.meta, sort_keys=True).encode())
+            for array in (x for x in shard if isinstance(x, np.ndarray)):
+                for start in np.linspace(0, max(0, len(array) - 4096), 4).astype(int):
+                    read.update(array[start:start + 4096].tobytes())
+            found[f"{key}[{i}]"] = [read.hexdigest()[:16], round(float(share), 9), str(shard.folder)]
+    return found
+
+
+def differences(saved, about, free):
+    """What may not and what may differ between a checkpoint's run and this one: two dicts {name: [was, is]}.
+
+    saved, about: dict(settings, data, made); free: settings that may change, as all of `made` may
+    """
+    refused, changed = {}, {}
+    for part in ("settings", "data", "made"):
+        for key in sorted((saved[part].keys() | about[part].keys()) - {"resume", "replay", "out_dir"}):
+            was, now = saved[part].get(key), about[part].get(key)
+            if was and now and part == "data":
+                was, now = was[:2] + now[2:], now  # wherever it lay
+            if was != now:
+                (changed if part == "made" or part == "settings" and key in free else refused)[key] = [was, now]
+    return refused, changed
+
+
+def resume_command(argv):
+    """What to type to go on with a run that was started with argv."""
+    words = [sys.argv[0], *(arg for arg in argv if not arg.startswith("--resume=")), "--resume=true"]
+    local, nodes = (os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    start = f"torchrun --nproc_per_node={local}" if local else "python"
+    if nodes not in ("", "1"):
+        start += f" --nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+    return " ".join([start, *map(shlex.quote, words)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run in one folder, and its end
+
+def lock(out_dir):
+    """Make out_dir and hold it for this process: returns a file; when it is closed, or the process dies, all is free.
+
+    SystemExit if another process holds it. (Where a file system has no locks, nothing is checked.)
+    """
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        file = open(Path(out_dir) / ".lock", "a+")
+    except OSError as error:
+        raise SystemExit(f"{out_dir}: cannot be written to ({error.strerror}); set another --out_dir") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise SystemExit(f"{out_dir}: is being trained by process {file.read()}; end that one, or set another"
+                         f" --out_dir") from None
+    except OSError:
+        pass
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+@contextmanager
+def listen():
+    """A list that the names of SIGTERM, SIGUSR1 and SIGINT are added to when they come; the training loop looks at it.
+
+    A second SIGINT ends the process at once, if it does not come with the first (torchrun hands on what the terminal
+    has sent already).
+    """
+    heard, first = [], []
+
+    def hear(number, _):
+        first.append(time.monotonic())
+        if number == signal.SIGINT and heard and time.monotonic() - first[0] > 2:
+            raise KeyboardInterrupt
+        heard.append(signal.Signals(number).name)
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
