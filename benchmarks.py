@@ -10,32 +10,63 @@ Benchmarks of others as they lie on disk: each reader returns plain lists and di
 """
 import csv
 import hashlib
-import json
+import io
 import lzma
 import re
 from pathlib import Path
 
 from checkpoint import digest
+from foreign import one_line, parse_json
+
+MAX_TEXT = 1 << 28  # bytes of a file, uncompressed
+
+
+def read_text(path):
+    """The text of a file in UTF-8, out of an .xz too; ValueError."""
+    try:
+        with (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as f:
+            raw = f.read(MAX_TEXT + 1)
+        if len(raw) > MAX_TEXT:
+            raise ValueError(f"more than {MAX_TEXT} bytes of text")
+        return raw.decode("utf-8")
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
+
+
+def read_rows(path, columns):
+    """[(line, {column: text})] of a .csv(.xz) with these columns; ValueError names line and fault."""
+    reader, rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), []
+    try:
+        header = next(reader, [])
+        if missing := [column for column in columns if header.count(column) != 1]:
+            raise ValueError(f"{path}: no one column {missing[0]}; it needs {', '.join(columns)}")
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise ValueError(f"{path}:{reader.line_num}: {len(row)} fields, {len(header)} columns")
+            rows.append((reader.line_num, dict(zip(header, row))))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: no csv ({one_line(error)})") from None
+    if not rows:
+        raise ValueError(f"{path}: no items")
+    return rows
 
 
 def read_blimp(folder):
     """[{good, bad, field, phenomenon, paradigm}] from BLiMP's folder of .jsonl files. ValueError names the line."""
+    names = dict(good="sentence_good", bad="sentence_bad", field="field", phenomenon="linguistics_term", paradigm="UID")
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
         raise ValueError(f"{folder}: no .jsonl files; give the folder of BLiMP's 67")
     items = []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                said = json.loads(line)
-                item = dict(good=said["sentence_good"], bad=said["sentence_bad"], field=said["field"],
-                            phenomenon=said["linguistics_term"], paradigm=said["UID"])
-            except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f"{file}:{number}: not an item of BLiMP ({type(e).__name__}: {e})") from None
-            for key in ("good", "bad"):
-                if not item[key].strip():
-                    raise ValueError(f"{file}:{number}: empty sentence: sentence_{key}")
-            items.append(item)
+        for number, line in enumerate(read_text(file).removesuffix("\n").split("\n"), 1):
+            said = parse_json(line, f"{file}:{number}", dict)
+            for name in names.values():
+                if not isinstance(said.get(name), str) or not said[name].isprintable():
+                    raise ValueError(f"{file}:{number}: not an item of BLiMP ({name} is no line of text)")
+                if not said[name].strip():
+                    raise ValueError(f"{file}:{number}: empty sentence: {name}")
+            items.append({key: said[name] for key, name in names.items()})
     return items
 
 
@@ -45,47 +76,38 @@ def read_mmlu(path):
     answer: the letter or the index. ValueError names file and item.
     """
     items = []
-    with (lzma.open if str(path).endswith(".xz") else open)(path, "rt", encoding="utf-8", newline="") as f:
-        for number, said in enumerate(csv.DictReader(f), 1):
-            try:
-                choices, answer = [said[key] for key in "ABCD"], said["answer"].strip()
-                item = dict(subject=said["subject"], question=said["question"], choices=choices,
-                            answer=("ABCD" if answer in "ABCD" else "0123").index(answer))
-            except (ValueError, KeyError, AttributeError) as e:
-                raise ValueError(f"{path}: item {number}: not an item of MMLU ({type(e).__name__}: {e})") from None
-            for key in ("subject", "question", *"ABCD"):
-                if not (said[key] or "").strip():
-                    raise ValueError(f"{path}: item {number}: empty {key}")
-            items.append(item)
-    if not items:
-        raise ValueError(f"{path}: no items")
+    for number, (_, said) in enumerate(read_rows(path, ("subject", "question", *"ABCD", "answer")), 1):
+        answer = said["answer"].strip()
+        if answer not in [*"ABCD", *"0123"]:
+            raise ValueError(f"{path}: item {number}: not an item of MMLU (answer {answer[:60]!r}: not A to D)")
+        for key in ("subject", "question", *"ABCD"):
+            if not said[key].strip():
+                raise ValueError(f"{path}: item {number}: empty {key}")
+        items.append(dict(subject=said["subject"], question=said["question"], choices=[said[key] for key in "ABCD"],
+                          answer="ABCD0123".index(answer) % 4))
     return items
 
 
 def read_sblimp(path):
     """Rows of ZeroSpeech's gold.csv as dicts; ValueError naming file, line and fault."""
-    with open(path, encoding="utf-8", newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = read_rows(path, ("id", "filename", "voice", "type", "subtype", "correct"))
     names, sentences = set(), set()
-    for number, row in enumerate(rows, 2):
-        try:
-            key = (row["type"], row["subtype"], row["id"], row["voice"], {"0": 0, "1": 1}[row["correct"]])
-        except KeyError as error:
-            raise ValueError(f"{path}:{number}: not a row of sBLIMP's gold.csv ({error})") from None
+    for number, row in rows:
+        if row["correct"] not in ("0", "1"):
+            raise ValueError(f"{path}:{number}: not a row of sBLIMP's gold.csv (correct is {row['correct'][:60]!r})")
+        key = (row["type"], row["subtype"], row["id"], row["voice"], int(row["correct"]))
         if row["filename"] in names:
-            raise ValueError(f"{path}:{number}: filename {row['filename']} stands here a second time")
+            raise ValueError(f"{path}:{number}: filename {row['filename'][:200]!r} stands here a second time")
         if key in sentences:
             raise ValueError(f"{path}:{number}: a second sentence {key}")
         if not (row.get("transcription") or "-").strip():
             raise ValueError(f"{path}:{number}: empty sentence")
         names.add(row["filename"])
         sentences.add(key)
-    if not rows:
-        raise ValueError(f"{path}: no rows")
     for row in sorted(sentences):
         if (*row[:4], 1 - row[4]) not in sentences:
             raise ValueError(f"{path}: missing the counterpart of {row}")
-    return rows
+    return [row for _, row in rows]
 
 
 def find_stories(folder):
@@ -132,7 +154,7 @@ def twist_pairs(folder, files):
 
 def read_line(path):
     """A text file as one line."""
-    words = " ".join(path.read_text(encoding="utf-8").split())
+    words = " ".join(read_text(path).split())
     if not words:
         raise ValueError(f"{path}: empty text")
     return words

@@ -10,18 +10,24 @@ Other people's files become safetensors, npy and json, once; nothing else in the
 """
 import hashlib
 import importlib.metadata
+import io
 import json
+import math
 import os
 import pickle
+import reprlib
 import sys
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+import data
+import model as smoltolk
 import speech
 from checkpoint import whole_folder
 from configurator import configure, nearest
+from foreign import one_line, read_array, read_json
 
 GGUF_NAMES = {  # llama.cpp's name of each tensor -> transformers'
     "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
@@ -44,18 +50,20 @@ def smollm2(out, gguf_path=None):
         raise SystemExit(f"{out}: exists already; remove it or give another --out")
     fields, tensors = read_gguf(source)
     config = llama_config(fields, source)
-    state = {}
-    for tensor in tensors:
-        state[hf_name(tensor.name, source)] = dequantise(tensor, config)
-    check_shapes(state, config, source)
-
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     metadata = dict(format="pt", source=source.name, source_sha256=digest, license=str(fields.get("general.license")))
-    with whole_folder(out) as folder:
-        save_file(state, folder / "model.safetensors", metadata)
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(fields), ensure_ascii=False, indent=1),
-                                               encoding="utf-8")
+    try:
+        with whole_folder(out) as folder:
+            (folder / "config.json").write_text(json.dumps(config, indent=1))
+            smoltolk.read_config(folder)
+            state = {hf_name(tensor.name, source): dequantise(tensor, config) for tensor in tensors}
+            check_shapes(state, config, source)
+            save_file(state, folder / "model.safetensors", metadata)
+            (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(fields), ensure_ascii=False, indent=1),
+                                                   encoding="utf-8")
+            data.Tokenizer(folder / "tokenizer.json")
+    except (KeyError, TypeError, ValueError, data.DataError) as error:  # a field that is missing or of another kind
+        raise SystemExit(f"{source}: no complete GGUF of the SmolLM family ({one_line(error)})") from None
     return out
 
 
@@ -79,15 +87,23 @@ def read_gguf(path):
         raise SystemExit("gguf: not installed; `pip install gguf`, which reads the format") from None
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; give --gguf=PATH of a GGUF, or leave it out")
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):  # the original reads on beyond the end, in silence
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it breaks off")
+            return super()._get(int(offset), dtype, int(count), override_order)
+
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError) as error:
-        raise SystemExit(f"{path}: not a whole GGUF ({error}); get the file again") from None
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+        reader = Reader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # of many kinds, by what is damaged
+        raise SystemExit(f"{path}: not a whole GGUF ({one_line(error)}); get the file again") from None
     for name, wanted in {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
                          "tokenizer.ggml.pre": "smollm"}.items():
         if fields.get(name) != wanted:
-            raise SystemExit(f"{path}: {name} is {fields.get(name)!r}, not {wanted!r}; give a GGUF of a SmolLM")
+            there = reprlib.repr(fields.get(name))
+            raise SystemExit(f"{path}: {name} is {there}, not {wanted!r}; give a GGUF of a SmolLM")
     return fields, reader.tensors
 
 
@@ -105,9 +121,9 @@ def llama_config(fields, source):
             num_key_value_heads=fields["llama.attention.head_count_kv"],
             max_position_embeddings=fields["llama.context_length"],
             rope_theta=fields["llama.rope.freq_base"],
-            rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-5 out of a float32
+            rms_norm_eps=float(f"{float(fields['llama.attention.layer_norm_rms_epsilon']):.6g}"),  # 1e-5 from float32
             bos_token_id=fields["tokenizer.ggml.bos_token_id"], eos_token_id=fields["tokenizer.ggml.eos_token_id"])
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"{source}: has no field {error}; give a complete GGUF of the SmolLM family") from None
 
 
@@ -186,17 +202,18 @@ def units(out, kmeans, hubert, layer, normalize=False):
     if out.exists():
         raise SystemExit(f"{out}: exists already; remove it or give another --out")
     try:
-        centroids = np.load(kmeans, allow_pickle=False) if kmeans.suffix == ".npy" else read_kmeans(kmeans)
+        centroids = np.array(read_array(kmeans)) if kmeans.suffix == ".npy" else read_kmeans(kmeans)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{kmeans}: no centroids to read ({speech.one_line(error)}); give another --kmeans") from None
+        raise SystemExit(f"{kmeans}: no centroids to read ({one_line(error)}); give another --kmeans") from None
     if centroids.ndim != 2 or centroids.dtype.kind != "f" or not np.isfinite(centroids).all():
         raise SystemExit(f"{kmeans}: {centroids.dtype} {centroids.shape}, not finite floats [k, d]")
     try:
-        strides = json.loads((hubert / "config.json").read_text())["conv_stride"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"{hubert}: no HubertModel ({speech.one_line(error)}); give another --hubert") from None
+        hop = int(np.prod(read_json(hubert / "config.json")["conv_stride"]))
+        rate = speech.SAMPLE_RATE // hop
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise SystemExit(f"{hubert}: no HubertModel ({one_line(error)}); give another --hubert") from None
     centroids = np.ascontiguousarray(centroids, np.float32)
-    about = dict(kind="hubert", n_units=len(centroids), rate=speech.SAMPLE_RATE // int(np.prod(strides)),
+    about = dict(kind="hubert", n_units=len(centroids), rate=rate,
                  sample_rate=speech.SAMPLE_RATE, model=os.path.relpath(hubert.resolve(), out.resolve()), layer=layer,
                  normalize=normalize, hash=speech.vocabulary_hash(centroids), source=kmeans.name,
                  source_sha256=hashlib.sha256(kmeans.read_bytes()).hexdigest())
@@ -217,6 +234,16 @@ class Inert:
         pass
 
 
+class DType(Inert):
+    """numpy.dtype("f4", False, True) and the state that numpy gives it, of which only the order of bytes matters."""
+
+    def __init__(self, code, *flags):
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = state[1] + self.code
+
+
 class ArrayBehind(Inert):
     """joblib's NumpyArrayWrapper: the bytes of an array follow in the file, outside the pickle."""
 
@@ -224,14 +251,15 @@ class ArrayBehind(Inert):
 class KMeansUnpickler(pickle._Unpickler):
     """
     Reads what joblib.dump wrote of a KMeans, and runs nothing of it. A pickle can name any function to be called; here
-    it gets numpy.dtype and classes that do nothing, and any name that a KMeans does not need is an error.
+    it gets classes that do nothing, and any name that a KMeans does not need is an error.
 
     joblib itself is not used: it would call what the file says, in arrays of objects even with find_class overridden.
     This is the Python version of pickle's reader because joblib writes arrays raw between its instructions.
     """
     NAMES = {("joblib.numpy_pickle", "NumpyArrayWrapper"): ArrayBehind, ("numpy", "ndarray"): Inert,
-             ("numpy", "dtype"): np.dtype}
+             ("numpy", "dtype"): DType}
     dispatch = pickle._Unpickler.dispatch.copy()
+    del dispatch[pickle.BYTEARRAY8[0]]  # makes as many bytes as it says; joblib does not write it
 
     def __init__(self, file):
         super().__init__(file)
@@ -253,23 +281,24 @@ class KMeansUnpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
     def read_array(self, shape, dtype, order, numpy_array_alignment_bytes=None, **others):
-        if dtype.hasobject:
-            raise ValueError("the pickle holds an array of objects, which no KMeans needs")
+        dtype = np.dtype(dtype.code.replace("|", ""))
+        if dtype.kind not in "biuf":
+            what = "objects" if dtype.hasobject else dtype
+            raise ValueError(f"the pickle holds an array of {what}, which no KMeans needs")
         if numpy_array_alignment_bytes is not None:
             self.file.read(self.file.read(1)[0])  # padding, its length in the first byte
-        data = self.file.read(int(np.prod(shape)) * dtype.itemsize)
+        data = self.file.read(max(0, math.prod(shape) * dtype.itemsize))
         return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
 def read_kmeans(path):
     """cluster_centers_ [k, d] of a scikit-learn KMeans saved by joblib; ValueError for all else, none of which runs."""
-    with open(path, "rb") as file:
-        try:
-            model = KMeansUnpickler(file).load()
-        except ValueError:
-            raise
-        except Exception as error:  # whatever a damaged pickle leads to
-            raise ValueError(f"not an uncompressed joblib file, {speech.one_line(error)}") from None
+    try:
+        model = KMeansUnpickler(io.BytesIO(Path(path).read_bytes())).load()  # in memory no read goes beyond the end
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a damaged pickle leads to
+        raise ValueError(f"not an uncompressed joblib file, {one_line(error)}") from None
     centroids = getattr(model, "cluster_centers_", None)
     if not isinstance(centroids, np.ndarray):
         raise ValueError("no KMeans with cluster_centers_ in it")
@@ -293,14 +322,16 @@ def vocoder(out, checkpoint, config):
     if out.exists():
         raise SystemExit(f"{out}: exists already; remove it or give another --out")
     try:
-        about = json.loads(Path(config).read_text())
+        about = read_json(config)
         shapes = speech.vocoder_shapes(about)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{config}: {error}") from None
+    except ValueError as error:
+        raise SystemExit(str(error) if str(config) in str(error) else f"{config}: {error}") from None
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["generator"]
+        if not all(isinstance(name, str) and tensor.isfinite().all() for name, tensor in state.items()):
+            raise ValueError("a weight is not finite")
     except Exception as error:  # of many kinds, by what is damaged
-        raise SystemExit(f"{checkpoint}: no generator to read ({speech.one_line(error)})") from None
+        raise SystemExit(f"{checkpoint}: no generator to read ({one_line(error)})") from None
     weights = {}
     for name, tensor in state.items():
         if name.endswith("weight_v") and name[:-1] + "g" in state:  # w = g v / |v|, |v| over all axes but the first

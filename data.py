@@ -12,7 +12,8 @@ A data set is a folder of plain .npy arrays, memory-mapped, and one meta.json. T
     all      documents.npy     int64 [d+1]   where documents start, in tokens (in words for paired sets); last = the end
 
 meta.json says {format, kind, source, documents, words, text: {tokens, vocab_size, eos, tokenizer}, speech: {tokens,
-n_units, rate, vocabulary}}; `tokenizer` and `vocabulary` are hashes: a model is only ever fed ids made with its own.
+n_units, rate, vocabulary}, sha256}; `tokenizer` and `vocabulary` are hashes: a model is only ever fed ids made with its
+own. Opening a set finds ids and offsets that cannot be; one id in the place of another only the check below finds.
 A paired set also serves as a text or a speech set, by one of its streams. A folder of such folders is one sharded set.
 
 In a batch all symbols share one id space: text ids, then units, then the speech EOS, then the switch token.
@@ -22,6 +23,8 @@ In a batch all symbols share one id space: text ids, then units, then the speech
 import hashlib
 import json
 import queue
+import re
+import reprlib
 import sys
 import threading
 import warnings
@@ -33,9 +36,11 @@ import tiktoken
 import torch
 
 from checkpoint import whole_folder
+from foreign import read_array, read_json
 
 FORMAT = 1
 STREAMS = {"text": ("text",), "speech": ("speech",), "paired": ("text", "speech")}
+LONGEST_RUN = 100_000  # whitespace characters in a row; at a million tiktoken's regular expressions overflow
 FULL_CHECK = 1 << 26  # arrays up to this long are checked whole when opened (0.1 s), longer ones in samples
 
 
@@ -84,9 +89,10 @@ def read_smollm_tokenizer(path):
             raise DataError(f"{path}: {field} {fault}; {remedy}")
 
     try:
-        spec = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable tokenizer.json ({error}); copy it from the model again") from None
+        spec = read_json(path)
+    except ValueError as error:
+        fault = str(error).removeprefix(f"{path}: ")
+        raise DataError(f"{path}: not a readable tokenizer.json ({fault}); copy it from the model again") from None
     for field, allowed in SMOLLM_FIELDS.items():
         value = spec
         for key in field.split("."):
@@ -94,19 +100,34 @@ def read_smollm_tokenizer(path):
                 value = value[int(key) if key.isdigit() else key]
             except (KeyError, IndexError, TypeError):
                 value = None
-        check(value in allowed, field, f"is {value!r}, but SmolLM's is {allowed[0]!r}")
-    specials = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        check(value in allowed, field, f"is {reprlib.repr(value)}, but SmolLM's is {allowed[0]!r}")
+    added, vocab, merges = spec.get("added_tokens") or [], spec["model"].get("vocab"), spec["model"].get("merges")
+    check(isinstance(added, list) and all(map(is_special, added)), "added_tokens", "holds more than special tokens")
+    specials = {token["content"]: token["id"] for token in added}
     check("<|endoftext|>" in specials, "added_tokens", "has no <|endoftext|>, the end of a document", "add it")
-    vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in specials}
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in spec["model"]["merges"]]
+    check(isinstance(vocab, dict) and all(type(i) is int for i in vocab.values()), "model.vocab", "is no {token: id}")
+    check(sorted((vocab | specials).values()) == list(range(len(vocab | specials))) and
+          all(vocab.get(token, i) == i for token, i in specials.items()), "model.vocab",
+          "does not give every id from 0 on, with added_tokens, to one token")
+    vocab = {token: i for token, i in vocab.items() if token not in specials}
+    check(isinstance(merges, list) and all(isinstance(p, str | list) for p in merges), "model.merges", "is no list")
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    check(all(len(pair) == 2 and all(isinstance(part, str) and part in vocab for part in pair) for pair in merges),
+          "model.merges", "holds more than pairs of tokens of model.vocab")
     # tiktoken knows no merges: it joins the two neighbours whose union has the lowest id. That is the same if each
     # longer token is made by exactly one merge and the ids go up in the order of the merges, as training leaves them.
     made = ["".join(pair) for pair in merges]
     order = sorted((token for token in vocab if len(token) > 1), key=vocab.get)
     check(made == order, "model.merges", "does not make the tokens of model.vocab one by one in the order of ids")
     alphabet = byte_alphabet()
-    check(alphabet.keys() >= set("".join(vocab)), "model.vocab", "holds characters that stand for no byte")
+    check(alphabet.keys() >= set("".join(vocab)) and "" not in vocab, "model.vocab", "has tokens without bytes")
     return {bytes(alphabet[c] for c in token): i for token, i in vocab.items()}, specials
+
+
+def is_special(token):
+    """Is this entry of added_tokens a special token? HF finds others in any text, where they would be letters here."""
+    return (isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"].isprintable() and
+            type(token.get("id")) is int and token.get("special") is True)
 
 
 class Tokenizer:
@@ -119,8 +140,7 @@ class Tokenizer:
     Text is only text: a special token's name inside it is encoded as its letters, never as the special token. SmolLM's
     vocabulary lacks 21 single bytes (six control characters, and bytes that no assigned character has): they are left
     out, as HF does, and a warning says so. Limits: 13 digits are newer than tiktoken's Unicode tables (U+11DE0-9,
-    U+16FF4-6) and count as symbols; a million whitespace characters in a row before a word overflow tiktoken.
-    DataError (one line) if the file is of another kind.
+    U+16FF4-6) and count as symbols. DataError (one line) if the file is of another kind.
     """
 
     def __init__(self, path):
@@ -136,7 +156,9 @@ class Tokenizer:
                                       special_tokens={})
 
     def encode(self, text):
-        """Ids of a text: str -> list[int]. No EOS is added."""
+        """Ids of a text: str -> list[int]. No EOS is added. ValueError for over LONGEST_RUN whitespace in a row."""
+        if len(text) > LONGEST_RUN and any(len(run[0]) > LONGEST_RUN for run in re.finditer(r"\s+", text)):
+            raise ValueError(f"text with too much space: more than {LONGEST_RUN} whitespace characters in a row")
         ids = self._bpe.encode_ordinary(text)
         if max(ids, default=0) < self.vocab_size:
             return ids
@@ -209,6 +231,7 @@ def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
     with whole_folder(folder) as new:
         for name, array in arrays.items():
             np.save(new / f"{name}.npy", array)
+        meta["sha256"] = _checksum(new, meta)
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta
 
@@ -238,33 +261,57 @@ def open_set(folder, tokenizer=None, units=None, full=False):
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        kind, streams = meta["kind"], STREAMS[meta["kind"]]
-    except FileNotFoundError:
-        raise DataError(f"{folder}: no data set here (no meta.json); make one with python -m corpora.NAME") from None
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        raise DataError(f"{folder / 'meta.json'}: not a data set's description ({type(e).__name__}: {e})") from None
-    if meta.get("format") != FORMAT:
-        raise DataError(f"{folder / 'meta.json'}: format {meta.get('format')!r}, not {FORMAT}; make the set again")
+        meta = read_json(folder / "meta.json")
+    except ValueError as e:
+        raise DataError(f"{e}; make the set again" if (folder / "meta.json").exists() else f"{folder}: no data set here"
+                        " (no meta.json); make one with python -m corpora.NAME") from None
+    if meta.get("format", FORMAT) != FORMAT:
+        said = reprlib.repr(meta["format"])
+        raise DataError(f"{folder / 'meta.json'}: format {said}, not {FORMAT}; make the set again")
+    if lacking := _not_described(meta):
+        raise DataError(f"{folder / 'meta.json'}: not a data set's description ({lacking}); make the set again")
+    kind, streams = meta["kind"], STREAMS[meta["kind"]]
     for stream, key, wanted in (("text", "tokenizer", tokenizer), ("speech", "vocabulary", units)):
-        made_with = meta.get(stream, {}).get(key)
+        made_with = meta[stream].get(key) if stream in streams else None
         if stream in streams and wanted is not None and made_with != wanted:
-            raise DataError(f"{folder / 'meta.json'}: made with {stream} {key} {made_with!r}, the model has {wanted!r};"
+            made_with = reprlib.repr(made_with)
+            raise DataError(f"{folder / 'meta.json'}: made with {stream} {key} {made_with}, the model has {wanted!r};"
                             f" make the set again with the model's own")
     arrays = {}
     for name in ("documents", *streams, *(f"{s}_words" for s in streams if kind == "paired")):
-        path = folder / f"{name}.npy"
         try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
-            raise DataError(f"{path}: cannot be read ({e})") from None
+            arrays[name] = read_array(folder / f"{name}.npy")
+        except ValueError as e:
+            raise DataError(f"{e}; make the set again") from None
     dataset = DataSet(folder, meta, **arrays)
-    try:
-        for name, fault in _faults(dataset, full):
-            raise DataError(f"{folder / name}.npy: {fault}; make the set again")
-    except (KeyError, TypeError) as e:
-        raise DataError(f"{folder / 'meta.json'}: not a data set's description ({type(e).__name__}: {e})") from None
+    for name, fault in _faults(dataset, full):
+        raise DataError(f"{folder / name}.npy: {fault}; make the set again")
+    if full and meta.get("sha256", checked := _checksum(folder, meta)) != checked:
+        raise DataError(f"{folder}: a file is not as it was written (sha256 in meta.json); make the set again")
     return dataset
+
+
+def _not_described(meta):
+    """The first key that meta.json lacks, or has with a value that cannot be meant; None if all are there."""
+    if meta.get("kind") not in tuple(STREAMS):
+        return "kind"
+    wanted = {"format": meta, "documents": meta} | ({"words": meta} if meta["kind"] == "paired" else {})
+    for stream in STREAMS[meta["kind"]]:
+        said = meta.get(stream)
+        if not isinstance(said, dict):
+            return stream
+        wanted |= {f"{stream}.{key}": said for key in ("tokens", *dict(text=("vocab_size", "eos"),
+                                                                         speech=("n_units", "rate"))[stream])}
+    return next((key for key, where in wanted.items() if type(where.get(key.split(".")[-1])) is not int), None)
+
+
+def _checksum(folder, meta):
+    """SHA-256 of what meta.json says, its own sha256 aside, and of the arrays, one after the other."""
+    digest = hashlib.sha256(json.dumps({**meta, "sha256": None}, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.npy")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _faults(dataset, full):
@@ -293,15 +340,17 @@ def _faults(dataset, full):
             yield name, f"has {len(array)} elements, meta.json says {wanted}"
         elif array[0] != 0 or array[-1] != end:
             yield name, f"runs from {array[0]} to {array[-1]}, not from 0 to {end}"
-        elif any((np.diff(part) < least).any() for part in _parts(array, full)):
-            yield name, "has offsets that do not rise"
-    if paired:  # the last word of a document is its EOS, alone
-        last = dataset.documents[1:] - 1
-        for s in streams if full or len(last) <= FULL_CHECK else ():
-            eos = meta[s].get("eos", meta[s].get("n_units"))
-            offsets, tokens = getattr(dataset, f"{s}_words"), getattr(dataset, s)
-            if (tokens[offsets[last + 1] - 1] != eos).any() or (offsets[last + 1] - offsets[last] != 1).any():
+        elif any(part.min() < 0 or part.max() > end or (np.diff(part) < least).any() for part in _parts(array, full)):
+            yield name, "has offsets that do not rise"  # the former two: a difference may overflow
+    for s in streams if full or len(dataset.documents) <= FULL_CHECK else ():
+        eos, tokens, ends = meta[s]["eos" if s == "text" else "n_units"], getattr(dataset, s), dataset.documents[1:]
+        if paired:  # the last word of a document is its EOS, alone
+            offsets = getattr(dataset, f"{s}_words")
+            ends, starts = offsets.take(ends, mode="clip"), offsets.take(ends - 1, mode="clip")
+            if (ends - starts != 1).any() or (tokens.take(ends - 1, mode="clip") != eos).any():
                 yield f"{s}_words", "has a document whose last word is not its EOS"
+        elif (tokens.take(ends - 1, mode="clip") != eos).any():
+            yield "documents", "has a document that does not end with its EOS"
 
 
 def _parts(array, full, pieces=64, size=1 << 16):

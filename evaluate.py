@@ -60,6 +60,7 @@ import speech
 from benchmarks import find_stories, fingerprint, read_blimp, read_line, read_mmlu, read_sblimp
 from checkpoint import digest, newest
 from configurator import configure
+from foreign import read_array, read_json
 from report import (
     accuracy,
     as_markdown,
@@ -462,7 +463,10 @@ def hear_files(e, files):
                 np.save(path.with_suffix(".writing.npy"), array)
                 os.replace(path.with_suffix(".writing.npy"), path)
     else:
-        flat, offsets = (np.load(path, allow_pickle=False) for path in paths)
+        flat, offsets = (np.array(read_array(path)) for path in paths)
+        if (flat.dtype, offsets.shape) != (np.uint16, (len(files) + 1,)) or (np.diff(offsets) < 0).any() or (
+                (offsets[0], offsets[-1]) != (0, len(flat)) or flat.max(initial=0) >= e.model.config.n_units):
+            raise ValueError(f"{paths[0]}: not the units of these files; remove it, they will be made again")
     for file, n in zip(files, np.diff(offsets)):
         if n == 0:
             raise ValueError(f"{file}: too short for a single unit")
@@ -660,7 +664,7 @@ def made_with(folder):
     """(hash of the tokenizer, hash of the units) that a checkpoint was trained with; None where it does not say."""
     tokenizer, units = folder / "tokenizer.json", folder / "units.json"
     return (data.Tokenizer(tokenizer).hash if tokenizer.exists() else None,
-            json.loads(units.read_text())["hash"] if units.exists() else None)
+            read_json(units).get("hash") if units.exists() else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -698,7 +702,7 @@ def evaluate(folder, c, world, path):
     e = SimpleNamespace(model=model, c=c, world=world, path=path, has_speech=has_speech, made_with=made_with(folder),
                         tokenizer=data.Tokenizer(folder / "tokenizer.json"))
     e.hear = lambda files: hear_files(e, list(files))
-    train = json.loads((folder / "train.json").read_text()) if (folder / "train.json").exists() else {}
+    train = read_json(folder / "train.json") if (folder / "train.json").exists() else {}
     sizes = smoltolk.count_parameters(model)
     results = dict(checkpoint=str(folder), sha256={f.name: digest(f) for f in sorted(folder.glob("*.safetensors"))
                                                   if f.stem != "optimizer"},

@@ -27,6 +27,8 @@ Given a Cache of what stands before, it reads only what is new.
 """
 import dataclasses
 import json
+import os
+import reprlib
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -35,10 +37,11 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from foreign import read_json, read_tensors
 
 try:  # on CUDA the input adapter never computes across two runs of speech: by this package, or else by torch's own copy
     from flash_attn import flash_attn_varlen_func
@@ -46,6 +49,8 @@ except ImportError:
     flash_attn_varlen_func = None
 CAUSAL = dict(is_causal=True) if "is_causal" in signature(varlen_attn).parameters else dict(window_size=(-1, 0))
 
+LARGEST = 1 << 20  # whole number in a Config
+ZERO_ALLOWED = ("eos_token_id", "input_adapter_layers", "output_adapter_layers")
 LOGITS_AT_ONCE = 1 << 27  # logits held at one time when computing the loss: 0.5 GB in fp32
 
 
@@ -80,10 +85,23 @@ class Config:
 
     def __post_init__(self):
         if self.layer_pooling not in ("dynamic", "fixed", "last"):
-            raise ValueError(f"layer_pooling={self.layer_pooling!r}: choose 'dynamic', 'fixed' or 'last'")
+            raise ValueError(f"layer_pooling={reprlib.repr(self.layer_pooling)}: choose 'dynamic', 'fixed' or 'last'")
+        for field in dataclasses.fields(self):
+            value, zero = getattr(self, field.name), field.name in ZERO_ALLOWED
+            most = 1 << 10 if field.name.endswith("_layers") else LARGEST
+            if field.type is int and (type(value) is not int or not 1 - zero <= value <= most):
+                raise ValueError(f"{field.name}={reprlib.repr(value)}: give a whole number from {1 - zero} to {most}")
+            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e9):
+                raise ValueError(f"{field.name}={reprlib.repr(value)}: give a number between 0 and 1e9")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name}={reprlib.repr(value)}: give true or false")
+        if self.rope_theta < 1:
+            raise ValueError(f"rope_theta={self.rope_theta}: give 1 or more")
+        if self.eos_token_id >= self.vocab_size:
+            raise ValueError(f"eos_token_id={self.eos_token_id} is no id below vocab_size={self.vocab_size}")
         heads = self.num_attention_heads
-        if self.hidden_size % heads or heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}"
+        if self.hidden_size % (2 * heads) or heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads={heads} must divide half of hidden_size={self.hidden_size}"
                              f" and be a multiple of num_key_value_heads={self.num_key_value_heads}")
 
 
@@ -544,50 +562,58 @@ def forward_flops(config, rows, length, text_rows=0, n_text=0, n_speech=0):
 
 LLAMA = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
          "max_position_embeddings rms_norm_eps rope_theta initializer_range eos_token_id").split()
-REQUIRED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=True, rope_scaling=None)
+REQUIRED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=True,
+                rope_scaling=None)
 
 
 def read_config(folder, **overrides):
     """config.json of a SmolLM or SmolTolk folder -> Config; overrides win. Raises ValueError naming the key."""
     path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a SmolLM or SmolTolk folder is needed")
+    said = read_json(path)
     try:
-        said = json.loads(path.read_text())
         said = {**said, "rope_theta": said.get("rope_theta") or said["rope_parameters"]["rope_theta"]}
         values = {key: said[key] for key in LLAMA if key != "initializer_range"} | said.get("smoltolk", {})
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a SmolLM or SmolTolk folder is needed") from None
     except KeyError as e:
         raise ValueError(f"{path}: key {e} is missing, not a Llama config.json") from None
-    except (ValueError, TypeError, AttributeError) as e:
+    except TypeError as e:
         raise ValueError(f"{path}: not a Llama config.json ({e})") from None
     for key, wanted in REQUIRED.items():
         if said.get(key, wanted) != wanted:
-            raise ValueError(f"{path}: {key} is {said[key]!r}, only {wanted!r} is supported")
+            raise ValueError(f"{path}: {key} is {reprlib.repr(said[key])}, only {wanted!r} is supported")
     values["initializer_range"] = said.get("initializer_range", 0.02)
     unknown = set(values) | set(overrides)
     unknown -= {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise ValueError(f"{path}: unknown model key {sorted(unknown)[0]!r}")
-    return Config(**{**values, **overrides})
+        raise ValueError(f"{path}: unknown model key {reprlib.repr(sorted(unknown)[0])}")
+    try:
+        config = Config(**{**values, **overrides})
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    head_dim = config.hidden_size // config.num_attention_heads
+    if said.get("head_dim") not in (None, head_dim):
+        raise ValueError(f"{path}: head_dim is {reprlib.repr(said['head_dim'])}, only hidden_size / num_attention_heads"
+                         f" = {head_dim} is supported")
+    return config
 
 
-def read_tensors(folder, stem):
-    """{name: tensor} of stem.safetensors, or of the shards that stem.safetensors.index.json lists."""
-    folder = Path(folder)
+def read_shards(folder, stem):
+    """{name: tensor} of stem.safetensors, or of the shards that stem.safetensors.index.json lists. ValueError."""
     index = folder / f"{stem}.safetensors.index.json"
-    files = [folder / f"{stem}.safetensors"]
-    if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        for file in files:
-            if file.parent != folder:
-                raise ValueError(f"{index}: shard {file.name} lies outside the folder")
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}
-        except (OSError, SafetensorError) as e:
-            raise ValueError(f"{file}: cannot be read ({e})") from None
+    if not index.exists():
+        return read_tensors(folder / f"{stem}.safetensors")
+    listed, tensors = read_json(index).get("weight_map"), {}
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index}: weight_map is no {{tensor: file}}")
+    for name in sorted(set(listed.values())):
+        if os.path.basename(name) != name or not name.isprintable() or len(name) > 200:
+            raise ValueError(f"{index}: shard {reprlib.repr(name)} is no name of a file in the folder")
+        found = read_tensors(folder / name)
+        if odd := sorted(found.keys() ^ {tensor for tensor, file in listed.items() if file == name}):
+            where = "the shard" if odd[0] in found else index.name
+            raise ValueError(f"{folder / name}: tensor {reprlib.repr(odd[0])} is in {where} alone")
+        tensors |= found
     return tensors
 
 
@@ -598,18 +624,22 @@ def from_pretrained(folder, **overrides):
     Raises ValueError naming the file and the missing, extra or misshaped tensor.
     """
     folder = Path(folder)
-    model = SmolTolk(read_config(folder, **overrides))
-    tensors = read_tensors(folder, "model")
+    config, tensors = read_config(folder, **overrides), read_shards(folder, "model")
     has_speech = (folder / "speech.safetensors").exists()
     if has_speech:
-        tensors |= read_tensors(folder, "speech")
-    wanted = {name: t for name, t in model.state_dict().items() if has_speech or not is_new(name)}
+        tensors |= read_shards(folder, "speech")
+    layers = config.num_hidden_layers + config.input_adapter_layers + config.output_adapter_layers
+    if layers > len(tensors):
+        raise ValueError(f"{folder}: {len(tensors)} tensors, config.json asks for {layers} layers")
+    with torch.device("meta"):  # shapes only: config.json may ask for more memory than there is
+        wanted = {name: t for name, t in SmolTolk(config).state_dict().items() if has_speech or not is_new(name)}
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise ValueError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'unexpected'}")
     for name, tensor in wanted.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)},"
                              f" config.json asks for {tuple(tensor.shape)}")
+    model = SmolTolk(config)
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
     return model
 
@@ -622,7 +652,7 @@ def save_pretrained(model, folder, dtype=torch.float32, state=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields = dataclasses.asdict(model.config)
-    llama = dict(architectures=["LlamaForCausalLM"], model_type="llama", bos_token_id=fields["eos_token_id"],
+    llama = dict(architectures=["LlamaForCausalLM"], bos_token_id=fields["eos_token_id"],
                  torch_dtype=str(dtype).removeprefix("torch."), **REQUIRED, **{key: fields.pop(key) for key in LLAMA})
     (folder / "config.json").write_text(json.dumps({**llama, "smoltolk": fields}, indent=1))
     state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in (state or model.state_dict()).items()}

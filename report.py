@@ -1,11 +1,12 @@
 """
 What scores come to: means, standard errors, tests; the terminal's table, and the paper's Table 7 with ours beside it.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest
+
+from foreign import read_array, read_json
 
 TABLE_7 = Path(__file__).parent / "assets/table7.csv"  # the paper's; Ø: the model lacks the modality, –: not reported
 SETTINGS = ("T", "S", "T->S", "S->T")
@@ -66,7 +67,10 @@ def compare_results(first, second):
 
     In percent for answers, in nats per token for NLLs.
     """
-    both, found = [json.loads(Path(path).read_text()) for path in (first, second)], {}
+    both, found = [read_json(path) for path in (first, second)], {}
+    for path, results in zip((first, second), both):
+        if not isinstance(results.get("made"), dict):
+            raise ValueError(f"{path}: no results of evaluate.py; give its evaluation.json or a checkpoint")
     for task in both[0]["made"]:
         a, b = (results["made"].get(task) for results in both)
         if not a or not b:
@@ -75,12 +79,14 @@ def compare_results(first, second):
             if a[key] != b[key]:
                 raise ValueError(f"{second}: {task} has other {key} than {first}; score both the same way")
         for name in a["items"]:
-            arrays = [np.load(item_path(path, task, name), allow_pickle=False) for path in (first, second)]
+            arrays = [np.array(read_array(item_path(path, task, name))) for path in (first, second)]
+            if arrays[0].shape != arrays[1].shape:
+                raise ValueError(f"{item_path(second, task, name)}: {arrays[1].shape} items, not {arrays[0].shape}")
             if name.endswith("right"):
                 test = compare(*arrays)
                 test["difference"] *= 100
             elif name == "nll":  # per token, at the mean length
-                tokens = [np.load(item_path(path, task, "tokens"), allow_pickle=False) for path in (first, second)]
+                tokens = [np.array(read_array(item_path(path, task, "tokens"))) for path in (first, second)]
                 if not np.array_equal(*tokens):
                     raise ValueError(f"{second}: {task} has other tokens than {first}")
                 test = compare(*(x / tokens[0].mean() for x in arrays))

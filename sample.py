@@ -153,10 +153,9 @@ def read_plan(to, max_new):
 def read_units(path, n_units):
     """The units in a .json (a list) or .npy, without repeats; ValueError."""
     try:
-        with open(path, "rb") as file:
-            ids = np.asarray(np.load(file, allow_pickle=False) if path.lower().endswith(".npy") else json.load(file))
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"unreadable units: {path} ({speech.one_line(error)})") from None
+        ids = speech.read_ids(path)
+    except ValueError as error:
+        raise ValueError(f"unreadable units: {error}") from None
     if ids.size == 0:
         raise ValueError(f"empty prompt: {path} holds no units; leave --prompt out to begin without one")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

@@ -26,6 +26,8 @@ import itertools
 import json
 import math
 import os
+import re
+import reprlib
 import shutil
 import sys
 import tempfile
@@ -35,6 +37,8 @@ import numpy as np
 from scipy.fft import dct, idct, irfft, rfft
 from scipy.signal import resample_poly
 
+from foreign import one_line, read_array, read_json, read_tensors
+
 SAMPLE_RATE = 16000
 UNIT_RATE = 25
 HOP = SAMPLE_RATE // UNIT_RATE  # samples per unit frame: 640
@@ -43,39 +47,43 @@ HOP = SAMPLE_RATE // UNIT_RATE  # samples per unit frame: 640
 # Sound files
 
 SLACK = 0.1  # seconds: manifests and transcripts round, so a span may end that much after the audio does
+RATES, MAX_SAMPLES, BLOCK = (4000, 384000), 1 << 28, 1 << 20  # Hz; of one span; read at once, of all channels
 AV_SUFFIXES = (".g722", ".m4a", ".mp4", ".webm")  # what libsndfile cannot read
 
 
-def read_audio(path, start=0.0, end=None):
+def read_audio(path, start=0.0, end=None, longest=math.inf):
     """
     A sound file, or the span [start, end) of it in seconds, as mono float32 [n] at 16 kHz.
 
     path: of a wav, flac, ogg, mp3 or NIST SPHERE (PCM) file, or the bytes of one; g722, m4a, mp4 and webm go through
-    PyAV. Only the span is read; any rate is resampled, channels are averaged.
-    Raises ValueError "unreadable audio: ...", "empty audio: ...", "audio is not finite: ..." or "span outside the
-    audio: ...".
+    PyAV. Only the span is read, of up to `longest` seconds; any rate is resampled, channels are averaged.
+    Raises ValueError "unreadable audio: ...", "empty audio: ...", "audio is not finite: ...", "audio too long: ..." or
+    "span outside the audio: ...".
     """
     import soundfile
 
     name = "sound in a record" if isinstance(path, bytes) else path
     try:
         with io.BytesIO(path) if isinstance(path, bytes) else open(path, "rb") as file:
-            head = file.read(1024)
-        if not head:
-            raise ValueError(f"empty audio: {name} has no bytes")
-        if head.startswith(b"NIST_1A") and b"shorten" in head:
-            raise ValueError(f"unreadable audio: {name} is compressed with shorten; convert it: sph2pipe -f wav")
+            check_length(file, name)
         if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith(AV_SUFFIXES):
             path = decode_with_av(path)
         with soundfile.SoundFile(io.BytesIO(path) if isinstance(path, bytes) else path) as file:
             rate, seconds = file.samplerate, file.frames / file.samplerate
+            if not RATES[0] <= rate <= RATES[1]:
+                raise ValueError(f"unreadable audio: {name} says {rate} samples a second")
             if file.frames == 0:
                 raise ValueError(f"empty audio: {name} has no samples")
             if not 0 <= start < min(seconds, math.inf if end is None else end) or (end or 0) > seconds + SLACK:
                 raise ValueError(f"span outside the audio: [{start}, {end}) of {seconds:.2f} s in {name}")
             first, last = round(start * rate), file.frames if end is None else min(round(end * rate), file.frames)
+            if last - first > min(longest * rate, MAX_SAMPLES):
+                raise ValueError(f"audio too long: {(last - first) / rate:.0f} s of {name}; give shorter spans")
             file.seek(first)
-            samples = file.read(last - first, dtype="float32", always_2d=True)
+            blocks = [np.zeros(0, np.float32)]  # by and by: what is there may be far less than the header says
+            while len(block := file.read(min(BLOCK // file.channels, last - file.tell()), "float32", always_2d=True)):
+                blocks.append(block.mean(1))
+            samples = np.concatenate(blocks)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ValueError(f"unreadable audio: {name} ({' '.join(str(error).split())})") from None
     if len(samples) == 0:
@@ -83,10 +91,37 @@ def read_audio(path, start=0.0, end=None):
     if len(samples) < last - first - SLACK * rate:
         broken = (first + len(samples)) / rate
         raise ValueError(f"unreadable audio: {name} breaks off after {broken:.2f} of {seconds:.2f} s")
-    samples = samples.mean(1)
     if not np.isfinite(samples).all():
         raise ValueError(f"audio is not finite: {name} has NaN or infinite samples")
     return resample(samples, rate)
+
+
+def check_length(file, name):
+    """ValueError if a sound file has no bytes, fewer than its SPHERE or wav header says, or those of shorten.
+
+    libsndfile makes do with the bytes that are there. A wav written to a pipe says 0 or about 1 << 31 or 1 << 32.
+    """
+    head, there, needed = file.read(1024), file.seek(0, os.SEEK_END), 0
+    if not head:
+        raise ValueError(f"empty audio: {name} has no bytes")
+    if head.startswith(b"NIST_1A"):
+        if b"shorten" in head:
+            raise ValueError(f"unreadable audio: {name} is compressed with shorten; convert it: sph2pipe -f wav")
+        said = re.findall(rb"\n(?:sample_count|channel_count|sample_n_bytes) -i (\d{1,12})[ \t\r]*(?=\n)", head)
+        if len(said) != 3:
+            raise ValueError(f"unreadable audio: {name} has no whole SPHERE header")
+        needed = 1024 + math.prod(map(int, said))
+    elif head.startswith(b"RIFF") and head[8:12] == b"WAVE":
+        at = 12
+        for _ in range(1000):  # chunks: a name, its size, as many bytes, and one more if they are odd
+            file.seek(at)
+            chunk, size = file.read(4), int.from_bytes(file.read(4), "little")
+            if chunk == b"data":
+                needed = at + 8 + size if size < 0x7FFF0000 else 0
+                break
+            at += 8 + size + size % 2
+    if needed > there:
+        raise ValueError(f"unreadable audio: {name} breaks off: {there} bytes, by its header {needed}")
 
 
 def resample(samples, rate):
@@ -404,23 +439,19 @@ def read_vocabulary(folder, kind=None):
     """
     path = os.path.join(folder, "units.json")
     try:
-        with open(path) as file:
-            about = json.load(file)
-        centroids = np.load(os.path.join(folder, "centroids.npy"), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{folder}: not a whole unit vocabulary ({one_line(error)}); make it again") from None
-    said = about.get("kind") if isinstance(about, dict) else None
+        about, centroids = read_json(path), np.array(read_array(os.path.join(folder, "centroids.npy")))
+    except ValueError as error:
+        raise ValueError(f"{folder}: not a whole unit vocabulary ({error}); make it again") from None
+    said = about.get("kind")
     if said not in ("mel", "hubert") or kind not in (said, None):
-        raise ValueError(f"{path}: kind is {said!r}, not {kind or 'mel or hubert'!r}")
-    if centroids.ndim != 2 or len(centroids) != about.get("n_units"):
-        raise ValueError(f"{folder}: centroids.npy has shape {centroids.shape}, units.json says {about.get('n_units')}")
+        raise ValueError(f"{path}: kind is {reprlib.repr(said)}, not {kind or 'mel or hubert'!r}")
+    if centroids.ndim != 2 or centroids.dtype != np.float32 or not 0 < len(centroids) < 1 << 16 or (
+            len(centroids) != about.get("n_units")):
+        raise ValueError(f"{folder}: centroids.npy is {centroids.dtype} {list(centroids.shape)}, units.json says "
+                         f"{reprlib.repr(about.get('n_units'))}")
     if vocabulary_hash(centroids) != about.get("hash"):
         raise ValueError(f"{folder}: centroids.npy does not fit the hash in units.json; make the data set again")
     return about, centroids
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def load_mel_units(folder):
@@ -428,8 +459,14 @@ def load_mel_units(folder):
     about, centroids = read_vocabulary(folder, "mel")
     if about.get("features") != PARAMETERS:
         raise ValueError(f"{folder}: not mel units of this version; make the data set again")
-    durations, mean_voice = (tuple(about.get(name, ())) for name in ("durations", "voice"))  # older folders lack them
-    return Codebook(centroids, about["penalty"], about["hash"], durations, mean_voice)
+    penalty, durations, mean_voice = (about.get(key, []) for key in ("penalty", "durations", "voice"))  # older folders
+    for name, listed, least, most in (("penalty", [penalty], 0, 1e9), ("durations", durations, 1, 1e4),  # lack the two
+                                      ("voice", mean_voice, -50, 50)):
+        if not isinstance(listed, list) or not all(type(x) in (int, float) and least <= x <= most for x in listed):
+            raise ValueError(f"{folder}: {name} in units.json is not from {least} to {most:g}; make the data set again")
+    if centroids.shape[1] != 2 * N_CEPSTRUM:
+        raise ValueError(f"{folder}: not mel units of this version; make the data set again")
+    return Codebook(centroids, penalty, about["hash"], tuple(durations), tuple(mean_voice))
 
 
 def cheapest_path(cost, penalty):
@@ -505,8 +542,22 @@ class HubertUnits(NamedTuple):
 
 def frame_geometry(config):
     """(samples from one frame to the next, samples that a frame sees) of a HuBERT's or wav2vec 2.0's convolutions."""
+    if not all(type(n) is int and n > 0 for n in [*config.conv_stride, *config.conv_kernel]):
+        raise ValueError(f"conv_stride {config.conv_stride} and conv_kernel {config.conv_kernel} are no whole numbers")
     receptive_field = 1 + sum((k - 1) * math.prod(config.conv_stride[:i]) for i, k in enumerate(config.conv_kernel))
     return math.prod(config.conv_stride), receptive_field
+
+
+def check_size(kind, folder):
+    """ValueError if config.json asks for a far larger model than model.safetensors holds, before memory is taken."""
+    import torch
+
+    tensors = read_tensors(os.path.join(folder, "model.safetensors"))
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = kind(config) if config.num_hidden_layers <= len(tensors) else None
+    if model is None or model.num_parameters() > 2 * sum(tensor.numel() for tensor in tensors.values()) + 1e6:
+        raise ValueError("config.json asks for a larger model than model.safetensors holds")
 
 
 def load_hubert_units(folder, device="cpu", whole=WHOLE, margin=MARGIN):
@@ -524,13 +575,14 @@ def load_hubert_units(folder, device="cpu", whole=WHOLE, margin=MARGIN):
         from transformers import HubertModel
     except ImportError:
         raise RuntimeError("transformers is missing: pip install 'smoltolk[speech]'") from None
-    path = os.path.normpath(os.path.join(folder, about.get("model", "")))
+    path = os.path.normpath(os.path.join(folder, str(about.get("model", ""))))
     try:
-        with open(os.path.join(path, "config.json")) as file:
-            kind = json.load(file).get("model_type")
+        kind = read_json(os.path.join(path, "config.json")).get("model_type")
         if kind != "hubert":
             raise ValueError(f"model_type is {kind!r}, not 'hubert'")
-        model, report = HubertModel.from_pretrained(path, output_loading_info=True, local_files_only=True)
+        check_size(HubertModel, path)
+        model, report = HubertModel.from_pretrained(path, output_loading_info=True, local_files_only=True,
+                                                    use_safetensors=True)
     except Exception as error:  # of many kinds, by what is damaged and by the version of transformers
         raise ValueError(f"{path}: not a HuBERT model that can be loaded ({one_line(error)})") from None
     missing = sorted(set(map(str, report["missing_keys"])) - {"masked_spec_embed"})  # this one serves training only
@@ -539,13 +591,14 @@ def load_hubert_units(folder, device="cpu", whole=WHOLE, margin=MARGIN):
                          "copy the model again, or get a newer transformers (mHuBERT at 25 Hz needs 4.47)")
     config, layer = model.config, about.get("layer")
     hop, receptive_field = frame_geometry(config)
-    if layer not in range(1, config.num_hidden_layers + 1):
-        raise ValueError(f"{folder}: layer is {layer}, the model in {path} has 1 to {config.num_hidden_layers}")
+    if type(layer) is not int or layer not in range(1, config.num_hidden_layers + 1):
+        said = reprlib.repr(layer)
+        raise ValueError(f"{folder}: layer is {said}, the model in {path} has 1 to {config.num_hidden_layers}")
     for name, said, wanted in (("rate is", about.get("rate"), SAMPLE_RATE / hop),
                                ("sample_rate is", about.get("sample_rate"), SAMPLE_RATE),
                                ("centroids have size", centroids.shape[1], config.hidden_size)):
         if said != wanted:
-            raise ValueError(f"{folder}: {name} {said}, the model in {path} means {wanted:g}")
+            raise ValueError(f"{folder}: {name} {reprlib.repr(said)}, the model in {path} means {wanted:g}")
     model.encoder.layers = model.encoder.layers[:layer]
     if config.do_stable_layer_norm:  # then the encoder ends with a norm, which is after all layers, not after this one
         model.encoder.layer_norm = torch.nn.Identity()
@@ -609,6 +662,16 @@ def load_units(folder, device="cpu"):
     if read_vocabulary(folder)[0]["kind"] == "mel":
         return load_mel_units(folder)
     return load_hubert_units(folder, device)
+
+
+def read_ids(path):
+    """Units out of a .json (a list) or an .npy: an array as it stands there. ValueError."""
+    if os.fspath(path).lower().endswith(".npy"):
+        return np.array(read_array(path))
+    ids = read_json(path, list)
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{path}: not a list of integers")
+    return np.array(ids)
 
 
 def units(waveforms, vocabulary):
@@ -722,6 +785,10 @@ class Vocoder(NamedTuple):
     hop: int  # samples for one frame
 
 
+VOCODER_NUMBERS = ("num_embeddings", "embedding_dim", "upsample_rates", "upsample_kernel_sizes", "var_pred_hidden_dim",
+                   "resblock_kernel_sizes", "resblock_dilation_sizes", "upsample_initial_channel", "encoder_embed_dim")
+
+
 def vocoder_shapes(config):
     """{tensor name: shape} of a vocoder's weights; ValueError (one line) if the config is of another kind."""
     c, shapes = config, {}
@@ -734,7 +801,14 @@ def vocoder_shapes(config):
     for name in ("multispkr", "multistyle", "f0", "f0_quant_num_bin", "embedder_params"):
         if c.get(name):
             raise ValueError(f"{name} is {c[name]!r}: vocoders with speakers, styles or pitch cannot be used here")
+    def flat(value):
+        return [x for inner in value for x in (inner if isinstance(inner, list) else [inner])]
+
     try:
+        for name, value in [*c.items(), *c["dur_predictor_params"].items()]:
+            counts = flat(flat([value])) or [0]
+            if name in VOCODER_NUMBERS and not all(type(x) is int and 0 < x < 1 << 16 for x in counts):
+                raise TypeError(f"{name} is {reprlib.repr(value)}")
         d, channels, hop = c["embedding_dim"], c["upsample_initial_channel"], math.prod(c["upsample_rates"])
         size, hidden, inner = (c["dur_predictor_params"][name] for name in
                                ("var_pred_kernel_size", "var_pred_hidden_dim", "encoder_embed_dim"))
@@ -751,7 +825,7 @@ def vocoder_shapes(config):
                 for name in (f"convs{k}.{m}" for k in (1, 2) for m in range(len(dilations))):
                     expect(f"resblocks.{i * len(blocks) + j}.{name}", here, here, size)
         shapes["dict.weight"] = (c["num_embeddings"], d)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not the config of a unit HiFi-GAN with durations ({one_line(error)})") from None
     for name, *shape in (("conv_pre", channels, d, 7), ("conv_post", 1, here, 7), ("dur_predictor.proj", 1, hidden),
                          ("dur_predictor.conv1.0", hidden, d, 3), ("dur_predictor.conv2.0", hidden, hidden, 3),
@@ -769,22 +843,17 @@ def check_weights(there, shapes, path):
 
 def load_vocoder(folder, device="cpu"):
     """The vocoder that `python convert.py vocoder` wrote into a folder; ValueError (one line) if anything is wrong."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = os.path.join(folder, "model.safetensors")
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            config = json.load(file)
-        weights = load_file(path, device=str(device))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: not a whole vocoder ({one_line(error)}); convert it again") from None
+        config, weights = read_json(os.path.join(folder, "config.json")), read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{folder}: not a whole vocoder ({error}); convert it again") from None
     try:
         shapes = vocoder_shapes(config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     check_weights({name: tuple(tensor.shape) for name, tensor in weights.items()}, shapes, path)
-    weights = {name: tensor.float() for name, tensor in weights.items()}
+    weights = {name: tensor.float().to(device) for name, tensor in weights.items()}
     return Vocoder(config, weights, config["num_embeddings"], math.prod(config["upsample_rates"]))
 
 
@@ -927,8 +996,7 @@ def main(argv):
         if command == "say":
             import soundfile
 
-            with open(file, "rb") as opened:
-                ids = np.load(opened, allow_pickle=False) if file.endswith(".npy") else json.load(opened)
+            ids = read_ids(file)
             vocoder = load_vocoder(settings["vocoder"], settings["device"]) if settings["vocoder"] else None
             waveform = resynthesise(ids, vocabulary, vocoder)
             soundfile.write(out, waveform / max(1.0, np.abs(waveform).max(initial=0)), SAMPLE_RATE)

@@ -11,18 +11,18 @@ Spoken Wikipedia's swc), and word times from the waveform by forced alignment, w
 Nothing is guessed: a word that cannot be found raises a ValueError "REASON: details", and its utterance is left out.
 """
 import codecs
-import json
 import math
 import os
 import re
+import reprlib
 import unicodedata
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from safetensors import SafetensorError
 
-from speech import SAMPLE_RATE, UNIT_RATE, frame_geometry
+from foreign import one_line, parse_json, read_json
+from speech import SAMPLE_RATE, UNIT_RATE, check_size, frame_geometry
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Word times: what a transcript sounds like
@@ -134,20 +134,20 @@ def match_words(words, timed, duration=None):
         same = [entry[0] for entry in taken] in (forms, [UNKNOWN])
         if not same or taken[-1][2] is None:  # the latter: a part of that timed word is left for the next
             there = " ".join(dict.fromkeys(entry[3] for entry in taken)) if some else None
-            raise ValueError(f"transcript does not match word times: at word {number} {word!r} the times "
-                             + (f"have {there!r}" if some else "end"))
+            raise ValueError(f"transcript does not match word times: at word {number} {word[:60]!r} the times "
+                             + (f"have {there[:60]!r}" if some else "end"))
         spans.append((taken[0][1], taken[-1][2]))
         position += len(taken)
     if position < len(entries) or not any(spans):
-        there = f"the times have {entries[position][3]!r}" if position < len(entries) else "nothing is timed"
+        there = f"the times have {entries[position][3][:60]!r}" if position < len(entries) else "nothing is timed"
         raise ValueError(f"transcript does not match word times: behind the last word {there}")
     spans = fill_spans(spans)
     if duration is not None:
-        if spans[-1][1] > duration + 1 / UNIT_RATE:
-            number = next(i for i, span in enumerate(spans) if span[1] > duration + 1 / UNIT_RATE)
-            raise ValueError(f"word times outside the audio: word {number + 1} {words[number]!r} ends at "
-                             f"{spans[number][1]:.3f} s of {duration:.3f} s")
-        spans = [(min(start, duration), min(end, duration)) for start, end in spans]
+        for number, span in enumerate(spans):
+            if span[1] > duration + 1 / UNIT_RATE or span[0] < -1 / UNIT_RATE:
+                raise ValueError(f"word times outside the audio: word {number + 1} {words[number][:60]!r} lasts from "
+                                 f"{span[0]:.3f} to {span[1]:.3f} s of {duration:.3f} s")
+        spans = [tuple(min(max(time, 0.0), duration) for time in span) for span in spans]
     return spans
 
 
@@ -164,6 +164,8 @@ def fill_spans(spans):
 # ---------------------------------------------------------------------------------------------------------------------
 # Word times from files that a corpus ships. Whatever is wrong with a file is a ValueError "REASON: details".
 
+TOUCHING = 0.001  # seconds; intervals of a tier follow one another, but for rounding
+MAX_DEPTH = 100  # of elements in elements of swc, which has about 10
 MAX_FILE = 1 << 26  # bytes; an hour of speech with phones is about 5 MB of TextGrid
 
 
@@ -182,15 +184,19 @@ def read_text(path):
         raise ValueError(f"unreadable word times: {path}: neither UTF-8 nor UTF-16") from None
 
 
+# What Praat takes for a number; float() also takes nan, inf, 1_0 and other scripts' digits.
+NUMBER = re.compile(r"[-+]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][-+]?[0-9]++)?")
+
+
 def timed_word(text, start, end, path, rate=1):
     """(text, start, end) in seconds out of times in 1 / rate seconds, checked."""
     try:
-        start, end = float(start) / rate, float(end) / rate
-        if isinstance(text, str) and 0 <= start <= end < math.inf:
-            return text.strip(), start, end
-    except (TypeError, ValueError, OverflowError):
+        seconds = [float(t) / rate for t in (start, end) if type(t) in (int, float) or NUMBER.fullmatch(t)]
+        if isinstance(text, str) and len(seconds) == 2 and 0 <= seconds[0] <= seconds[1] < math.inf:
+            return text.strip(), *seconds
+    except (TypeError, OverflowError):
         pass
-    raise ValueError(f"bad word times: {path}: {text!r} from {start!r} to {end!r}")
+    raise ValueError(f"bad word times: {path}: {reprlib.repr(text)} from {reprlib.repr(start)} to {reprlib.repr(end)}")
 
 
 def read_wrd(path, sample_rate=SAMPLE_RATE):
@@ -212,11 +218,13 @@ def read_ctm(path):
             continue
         try:
             utterance, channel, start, duration, word = fields[:5]
-            end = float(start) + float(duration)
+            if not NUMBER.fullmatch(start) or not NUMBER.fullmatch(duration):
+                raise ValueError
+            start, end = float(start), float(start) + float(duration)
         except ValueError:
             raise ValueError(f"bad word times: {path}: not a line of ctm: {line[:60]!r}") from None
         if channels.setdefault(utterance, channel) != channel:
-            raise ValueError(f"bad word times: {path}: {utterance} has more than one channel")
+            raise ValueError(f"bad word times: {path}: {utterance[:60]} has more than one channel")
         utterances.setdefault(utterance, []).append(timed_word(word, start, end, path))
     return utterances
 
@@ -228,21 +236,20 @@ def read_timed_json(path):
     """
     text = read_text(path)
     try:
-        found = json.loads(text)
+        found = parse_json(text, path, list, dict)
         if isinstance(found, dict) and "tiers" in found:
             rows = [(word, start, end) for start, end, word in found["tiers"]["words"]["entries"]]
         else:
             parts = [found] if isinstance(found, list) else [part["words"] for part in found.get("segments", [found])]
             rows = [(word.get("word", word.get("text")), word["start"], word["end"]) for part in parts for word in part]
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"bad word times: {path}: no json of words with times ({str(error)[:60]})") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"bad word times: {path}: no json of words with times ({one_line(error)[:60]})") from None
     return [timed_word(*row, path) for row in rows]
 
 
 # What Praat reads of a text file, long or short: strings, flags and numbers that stand alone; the rest is for people.
 # Possessive, so that a file of nothing but quotes takes linear time.
 PRAAT_TOKEN = re.compile(r'"([^"]*+(?:""[^"]*+)*+)"|(<[a-z]++>)|![^\n]*+|(\S++)')
-PRAAT_NUMBER = re.compile(r"[-+]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][-+]?[0-9]++)?")
 
 
 def read_textgrid(path, tier=None):
@@ -257,7 +264,7 @@ def read_textgrid(path, tier=None):
         string, flag, other = match.groups()
         if string is not None:
             tokens.append(string.replace('""', '"'))
-        elif flag or other and PRAAT_NUMBER.fullmatch(other):
+        elif flag or other and NUMBER.fullmatch(other):
             tokens.append(flag if flag else float(other))
         elif other and other[0] == '"':
             raise ValueError(f"bad TextGrid: {path}: a string without its end")
@@ -266,26 +273,38 @@ def read_textgrid(path, tier=None):
     def take(kind):
         token = next(tokens, None)
         if not isinstance(token, kind):
-            raise ValueError(f"bad TextGrid: {path}: {token!r} where a {kind.__name__} should be")
+            raise ValueError(f"bad TextGrid: {path}: {reprlib.repr(token)} where a {kind.__name__} should be")
         return token
+
+    def count():
+        number = take(float)
+        if not number.is_integer() or number < 0:
+            raise ValueError(f"bad TextGrid: {path}: {number:g} where a number of things should be")
+        return int(number)
 
     header = [take(str), take(str), take(float), take(float), take(str)]
     if header[0] not in ("ooTextFile", "ooTextFile short") or header[1] != "TextGrid" or header[4] != "<exists>":
         raise ValueError(f"bad TextGrid: {path}: no TextGrid with tiers")
     names, chosen = [], []
-    for _ in range(int(take(float))):
-        kind, name, _, _, size = take(str), take(str), take(float), take(float), int(take(float))
+    for _ in range(count()):
+        kind, name, _, _, size = take(str), take(str), take(float), take(float), count()
         if kind not in ("IntervalTier", "TextTier"):
-            raise ValueError(f"bad TextGrid: {path}: unknown kind of tier {kind!r}")
+            raise ValueError(f"bad TextGrid: {path}: unknown kind of tier {reprlib.repr(kind)}")
         rows = [[take(t) for t in ((float, float, str) if kind == "IntervalTier" else (float, str))]
                 for _ in range(size)]
         names.append(name)
         wanted = name == tier if tier else name.lower() in ("words", "word") or name.lower().endswith("- words")
         if wanted and kind == "IntervalTier":
             chosen.append(rows)
+    if (token := next(tokens, None)) is not None:
+        raise ValueError(f"bad TextGrid: {path}: {reprlib.repr(token)} behind the last tier")
     if len(chosen) != 1:
+        names = reprlib.repr(names)
         raise ValueError(f"no word tier: {path}: {len(chosen)} tiers fit {tier or 'words'!r} among {names}")
-    return [timed_word(text, start, end, path) for start, end, text in chosen[0] if text.strip()]
+    timed = [timed_word(text, start, end, path) for start, end, text in chosen[0]]
+    if back := [b for a, b in zip(timed, timed[1:]) if b[1] < a[2] - TOUCHING]:
+        raise ValueError(f"bad word times: {path}: {back[0][0][:60]!r} begins before the end of the interval before it")
+    return [word for word in timed if word[0]]
 
 
 class Segment(NamedTuple):
@@ -307,10 +326,17 @@ def read_swc(path):
         raise ValueError(f"unsafe xml: {path}: declares a document type or entities")
     try:
         root = ElementTree.fromstring(text)
-        offsets = sorted(float(prop.get("value")) for prop in root.iter("prop")
-                         if prop.get("key") == "DC.source.audio.offset") or [0.0]
-    except (ElementTree.ParseError, ValueError, TypeError) as error:
-        raise ValueError(f"bad swc: {path}: {error}") from None
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"bad swc: {path}: {one_line(error)}") from None
+    layer = [root]
+    for _ in range(MAX_DEPTH):
+        layer = [inner for element in layer for inner in element]
+    if layer:
+        raise ValueError(f"bad swc: {path}: more than {MAX_DEPTH} elements inside one another")
+    values = [prop.get("value", "") for prop in root.iter("prop") if prop.get("key") == "DC.source.audio.offset"]
+    if not all(NUMBER.fullmatch(value) and 0 <= float(value) < math.inf for value in values):
+        raise ValueError(f"bad swc: {path}: an audio offset is no time")
+    offsets = sorted(map(float, values)) or [0.0]
     ignored = {inner for element in root.iter("ignored") for inner in element.iter()}
     segments, paragraph = [], -1
     for element in root.iter():  # in the order of the document
@@ -320,7 +346,7 @@ def read_swc(path):
             part = 0
             if timed:
                 part = max(0, sum(offset <= timed[0][1] for offset in offsets) - 1)
-                timed = [(word, start - offsets[part], end - offsets[part]) for word, start, end in timed]
+                timed = [timed_word(word, *(t - offsets[part] for t in span), path) for word, *span in timed]
             segments.append(Segment(written, timed, part, max(paragraph, 0)))
     return segments
 
@@ -334,7 +360,7 @@ def swc_words(sentence, path):
     for token, text in tokens:
         begin = written.find(text, at)
         if begin < 0:
-            raise ValueError(f"bad swc: {path}: {text!r} is not in {written[at:at + 60]!r}")
+            raise ValueError(f"bad swc: {path}: {text[:60]!r} is not in {written[at:at + 60]!r}")
         at = begin + len(text)
         pieces.append((begin, at, token, text))
     timed, at, first = [], 0, 0
@@ -389,10 +415,11 @@ def load_aligner(folder, device="cpu"):
     except ImportError:
         raise RuntimeError("transformers is missing: pip install 'smoltolk[speech]'") from None
     try:
+        check_size(Wav2Vec2ForCTC, folder)
         model, report = Wav2Vec2ForCTC.from_pretrained(folder, local_files_only=True, use_safetensors=True,
                                                        ignore_mismatched_sizes=True, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no Wav2Vec2ForCTC with model.safetensors ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # of many kinds, by what is damaged and by the version of transformers
+        raise ValueError(f"{folder}: no Wav2Vec2ForCTC with model.safetensors ({one_line(error)})") from None
     lacking = {str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind]}
     lacking -= {"wav2vec2.masked_spec_embed"}  # for training only
     if lacking:
@@ -403,15 +430,20 @@ def load_aligner(folder, device="cpu"):
     labels, blank = {label: i for i, label in enumerate(MMS_LABELS)}, 0
     vocabulary = os.path.join(folder, "vocab.json")
     if os.path.exists(vocabulary):
-        with open(vocabulary, encoding="utf-8") as file:
-            labels = {label.lower(): i for label, i in json.load(file).items()}
+        labels = {label.lower(): i for label, i in read_json(vocabulary).items()}
         blank = labels.get("<blank>", config.pad_token_id)
+        if not all(type(i) is int and i >= 0 for i in [*labels.values(), blank]):
+            raise ValueError(f"{vocabulary}: is no {{letter: column}} with a column for the blank")
     elif config.vocab_size != len(labels):
         raise ValueError(f"{folder}: {config.vocab_size} columns without a vocab.json; MMS has {len(labels)}")
     labels = {label: i for label, i in labels.items() if re.fullmatch("[a-z']", label) and i != blank}
     if not labels or max(*labels.values(), blank) >= config.vocab_size:
         raise ValueError(f"{folder}: vocab.json does not fit the model's {config.vocab_size} columns")
-    return Aligner(model.float().eval().to(device), labels, blank, *frame_geometry(config), str(device))
+    try:
+        hop, field = frame_geometry(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return Aligner(model.float().eval().to(device), labels, blank, hop, field, str(device))
 
 
 def emissions(waveforms, aligner):

@@ -28,7 +28,10 @@ def read(path, settings):
             name, colon, text = line.partition(": ")
             text = re.sub(r"\[[^]]*\]|\([^)]*\)", "", text).strip()
             if colon and text and not line.startswith(";"):
-                yield common.Item(name, str(sounds / f"{name}.g722"), text=text)
+                try:
+                    yield common.Item(name, files.inside(sounds, f"{name}.g722"), text=text)
+                except ValueError as error:
+                    yield common.Bad(name, error)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,16 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
+import reprlib
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +46,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+import foreign
 import speech
 from configurator import configure
 from words import align, load_aligner, match_words
@@ -121,7 +125,7 @@ def hear(item, settings, seconds):
         waveform, times = item.audio()
         times = times or ValueError(f"word without a time: espeak-ng gave none for one in {item.id}")
     else:
-        waveform, times = speech.read_audio(item.audio, item.start, item.end), None
+        waveform, times = speech.read_audio(item.audio, item.start, item.end, settings["max_seconds"]), None
     seconds["read"] += time.perf_counter() - began
     duration = len(waveform) / speech.SAMPLE_RATE
     if duration > settings["max_seconds"]:
@@ -158,7 +162,7 @@ def work(items, settings):
             except ValueError as error:
                 item = Bad(item.id, error)
             except Exception as error:  # of a kind that nobody thought of, and no reason to stop all the others
-                item = Bad(item.id, ValueError(f"unexpected fault: {speech.one_line(error)} at {item.id}"))
+                item = Bad(item.id, ValueError(f"unexpected fault: {foreign.one_line(error)} at {item.id}"))
         results.append(item)
     return results, seconds
 
@@ -202,15 +206,30 @@ def worker_pool(workers):
 # ---------------------------------------------------------------------------------------------------------------------
 # Items to documents
 
+def checked(item):
+    """An item as it came out of someone's file, or a Bad if a field of it holds what it cannot."""
+    if isinstance(item, Bad):
+        return item
+    spans = [(item.start, item.start if item.end is None else item.end), *(word[1:] for word in item.words or ())]
+    if not isinstance(item.id, str) or not item.id.isprintable() or len(item.id) > 500:
+        return Bad(reprlib.repr(item.id), ValueError(f"unreadable record: {reprlib.repr(item.id)} is no name"))
+    if not isinstance(item.text, str | None) or not isinstance(item.audio, str | bytes | Callable | None):
+        return Bad(item.id, ValueError(f"unreadable record: text or sound of {item.id} is of another type"))
+    if not all(isinstance(word[0], str) for word in item.words or ()) or not all(
+            isinstance(t, float | int) and 0 <= span[0] <= t < math.inf for span in spans for t in span):
+        return Bad(item.id, ValueError(f"unreadable record: {item.id} has times that cannot be"))
+    return item
+
+
 def read_files(files, read, settings, bar):
     """All items of a corpus, in order. A file whose content is damaged counts as one more item, a bad one."""
     for path in files:
         try:
-            yield from read(path, settings)
+            yield from map(checked, read(path, settings))
         except Exception as error:
             if getattr(error, "errno", None) is not None:  # the disk, not the file: nothing to go on after
                 raise SystemExit(f"{error}; the same command will go on behind the last part") from None
-            yield Bad(str(path), ValueError(f"unreadable file: {path} ({speech.one_line(error)})"))
+            yield Bad(str(path), ValueError(f"unreadable file: {path} ({foreign.one_line(error)})"))
         bar.update(os.path.getsize(path))
 
 
@@ -280,7 +299,7 @@ def spoken_document(item, heard, models):
 
 def finished_parts(out, shard, n_shards, identity):
     """What part.json says of each finished part of a shard, in order; SystemExit if OUT holds something else."""
-    parts = {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*/part.json"))}
+    parts = {path.parent.name: foreign.read_json(path) for path in sorted(out.glob("*/part.json"))}
     for name, about in parts.items():
         for key in identity | about["identity"]:
             now, then = identity.get(key), about["identity"].get(key)
@@ -402,7 +421,7 @@ def load_models(settings):
         return Models(None, None, tokenizer), False
     folder = settings["units"]
     try:
-        mel = json.loads((Path(folder) / "units.json").read_text())["kind"] == "mel"
+        mel = speech.read_vocabulary(folder)[0]["kind"] == "mel"
         vocabulary = speech.load_units(folder, device)
         folder = settings["aligner"]
         aligner = load_aligner(folder, device) if folder and kind == "paired" else None

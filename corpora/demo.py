@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import speech
 from corpora.common import one_blas_thread
+from foreign import read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grammar: {a|b} is a choice, NAME a name, HE, HIM and HIS its pronouns. Words are kept apart by ear as well:
@@ -365,9 +366,8 @@ FIT_ON, EXAMPLES = 192, 4  # recordings that the units are fitted on; that are k
 def reuse(out, parameters):
     """What demo.json of a finished demo says; SystemExit if the folder is no demo or has other parameters."""
     try:
-        with open(os.path.join(out, "demo.json")) as file:
-            about = json.load(file)
-    except OSError:
+        about = read_json(os.path.join(out, "demo.json"))
+    except ValueError:
         raise SystemExit(f"{out} exists and is not a finished demo: remove it or choose another --out") from None
     differing = [key for key in parameters if about["parameters"].get(key) != parameters[key]]
     if differing:

@@ -2,12 +2,14 @@
 
 import gzip
 import io
-import json
 import os
+import reprlib
 from pathlib import Path
 
 from corpora.common import Bad
+from foreign import one_line, parse_json
 
+MAX_LINE = 1 << 26  # bytes; a few compressed kilobytes may hold a line without end
 BATCH = 16  # rows of a parquet file in memory at once: rows with sound are large
 
 
@@ -42,16 +44,16 @@ def json_lines(path):
             file = gzip.open(raw)
         elif path.name.endswith(".zst"):
             file = io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(raw))
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
             name = f"{path.name}:{number}"
+            if len(line) == MAX_LINE:
+                raise ValueError(f"line {number} has more than {MAX_LINE} bytes")
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError("not an object")
-            except ValueError as error:  # JSON or UTF-8
-                record = Bad(name, ValueError(f"unreadable record: {path}, line {number} ({error})"))
+                record = parse_json(line, f"{path}, line {number}", dict)
+            except ValueError as error:
+                record = Bad(name, ValueError(f"unreadable record: {error}"))
             yield name, record
 
 
@@ -69,15 +71,22 @@ def parquet_rows(path, columns):
 
 
 def inside(folder, name):
-    """The path of a file inside a folder; ValueError if the name leads out of it."""
+    """The path of a file inside a folder; ValueError if the name leads out of it, through a link or without one."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 1000:
+        raise ValueError(f"path outside the source: {reprlib.repr(name)} names no file")
     steps = Path(os.path.normpath(name)).parts
     if os.path.isabs(name) or ".." in steps[:1] or not steps:
-        raise ValueError(f"path outside the source: {name}")
-    return str(Path(folder, *steps))
+        raise ValueError(f"path outside the source: {name[:200]}")
+    path = os.path.join(folder, *steps)
+    if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise ValueError(f"path outside the source: {name[:200]} goes through a link; put the files themselves there")
+    return path
 
 
 def cut(start, end, longest):
     """[start, end) in as many equally long spans as are needed for none to be longer than `longest` seconds."""
+    if not end - start < 1e6:
+        raise ValueError(f"unreadable record: a span from {start} to {end} s")
     n = max(1, -int(-(end - start) // longest))
     return [(start + (end - start) * i / n, start + (end - start) * (i + 1) / n) for i in range(n)]
 
@@ -89,4 +98,4 @@ def duration(path):
     try:
         return soundfile.info(path).duration
     except (soundfile.LibsndfileError, OSError) as error:
-        raise ValueError(f"unreadable audio: {path} ({error})") from None
+        raise ValueError(f"unreadable audio: {path} ({one_line(error)})") from None

@@ -15,6 +15,7 @@ ending (recording.sources has a path of the authors' machine). Word times are th
 import os
 
 from corpora import common, files
+from foreign import one_line
 
 
 def find(source, settings):
@@ -34,7 +35,7 @@ def read(path, settings):
             audio = files.inside(settings["audio"], cut["recording"]["id"] + ".flac")
             yield common.Item(cut["id"], audio, start, start + float(cut["duration"]), text)
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            yield common.Bad(name, ValueError(f"unreadable record: {path}, {name} ({type(error).__name__}: {error})"))
+            yield common.Bad(name, ValueError(f"unreadable record: {path}, {name} ({one_line(error)})"))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ speech are joined, with the pauses between them, for as long as the whole lasts 
 longer span, and a chapter without voice activity, is cut into equal pieces. A piece is a document.
 """
 
-import json
-
 from corpora import common, files
+from foreign import one_line, read_json
 
 
 def find(source, settings):
@@ -33,13 +32,15 @@ def join(spans, longest):
 def read(path, settings):
     meta = path.with_suffix(".json")
     try:
-        active = json.loads(meta.read_bytes())["voice_activity"] if meta.exists() else []
+        active = read_json(meta)["voice_activity"] if meta.exists() else []
         spans = [(float(start), float(end)) for start, end in active] or [(0.0, files.duration(path))]
+        spans = join(spans, settings["segment"])
     except (ValueError, KeyError, TypeError) as error:
-        kind = "unreadable voice activity: " * (not str(error).startswith(("empty", "unreadable")))
-        yield common.Bad(path.stem, ValueError(f"{kind}{error} ({meta})"))
+        audio = str(error).startswith("unreadable audio")
+        said = str(error) if audio else f"unreadable voice activity: {meta} ({one_line(error)})"
+        yield common.Bad(path.stem, ValueError(said))
         return
-    for number, (start, end) in enumerate(join(spans, settings["segment"])):
+    for number, (start, end) in enumerate(spans):
         yield common.Item(f"{path.stem}_{number}", str(path), start, end)
 
 

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from corpora import common, files
-from words import read_textgrid
+from words import read_textgrid, timed_word
 
 
 def find(source, settings):
@@ -35,8 +35,8 @@ def read_alignments(path):
         words, ends = (part.split(",") for part in parts.groups()[1:]) if parts else ((), [])
         if not parts or len(words) != len(ends):
             raise ValueError(f"bad alignment: {path}: {line[:60]!r}")
-        ends = [float(end) for end in ends]
-        times[parts[1]] = [timed for timed in zip(words, [0.0, *ends], ends) if timed[0]]
+        timed = [timed_word(word, start, end, path) for word, start, end in zip(words, ["0", *ends], ends)]
+        times[parts[1]] = [word for word in timed if word[0]]
     return times
 
 
@@ -49,10 +49,10 @@ def read(path, settings):
     times = read_alignments(condensed) if paired and condensed.exists() else {}
     for line in files.lines(path):
         name, _, text = line.partition(" ")
-        grid = folder / f"{name}.TextGrid"
         try:
-            words = read_textgrid(grid) if paired and grid.exists() else times.get(name)
-            yield common.Item(name, str(path.parent / f"{name}.flac"), text=text, words=words)
+            audio, grid = files.inside(path.parent, f"{name}.flac"), files.inside(folder, f"{name}.TextGrid")
+            words = read_textgrid(grid) if paired and os.path.exists(grid) else times.get(name)
+            yield common.Item(name, audio, text=text, words=words)
         except ValueError as error:
             yield common.Bad(name, error)
 

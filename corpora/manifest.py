@@ -11,6 +11,7 @@ the whole file; text where --kind=speech; words (times on the clock of the file)
 """
 
 from corpora import common, files
+from foreign import one_line
 
 
 def find(source, settings):
@@ -24,12 +25,13 @@ def read(path, settings):
             continue
         try:
             audio = files.inside(path.parent, record["audio"]) if "audio" in record else None
-            start, end, text = float(record.get("start") or 0), record.get("end"), record.get("text")
-            words = record.get("words") and [(str(word), float(a), float(b)) for word, a, b in record["words"]]
-            yield common.Item(name, audio, start, end and float(end), None if text is None else str(text), words)
+            start, end, text, timed = (record.get(key) for key in ("start", "end", "text", "words"))
+            words = None if timed is None else [(word, float(a), float(b)) for word, a, b in timed]
+            yield common.Item(name, audio, float(start or 0), None if end is None else float(end), text, words)
         except (TypeError, ValueError) as error:
-            bad = error if str(error).startswith("path outside") else f"unreadable record: {path}, {name} ({error})"
-            yield common.Bad(name, ValueError(str(bad)))
+            if not str(error).startswith("path outside"):
+                error = ValueError(f"unreadable record: {path}, {name} ({one_line(error)})")
+            yield common.Bad(name, error)
 
 
 if __name__ == "__main__":

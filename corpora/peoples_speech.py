@@ -11,6 +11,7 @@ and duration_ms, and train/clean/NAME, the flac files. Transcripts are in lower 
 """
 
 from corpora import common, files
+from foreign import one_line
 
 
 def find(source, settings):
@@ -31,7 +32,7 @@ def read(path, settings):
             for sound, text in zip(data["name"], data["label"], strict=True):
                 yield common.Item(sound, files.inside(path.with_suffix(""), sound), text=text)
         except (KeyError, TypeError, ValueError) as error:
-            yield common.Bad(name, ValueError(f"unreadable record: {path}, {name} ({type(error).__name__}: {error})"))
+            yield common.Bad(name, ValueError(f"unreadable record: {path}, {name} ({one_line(error)})"))
 
 
 if __name__ == "__main__":

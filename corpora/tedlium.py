@@ -13,6 +13,7 @@ such a segment serves as speech only.
 import re
 
 from corpora import common, files
+from foreign import one_line
 
 
 def find(source, settings):
@@ -31,14 +32,15 @@ def read(path, settings):
         if not fields or line.startswith(";;") or fields[-1].strip() == "ignore_time_segment_in_scoring":
             continue
         try:
-            talk, (start, end), text = fields[0], map(float, fields[3:5]), clean(fields[6] if len(fields) > 6 else "")
-        except (ValueError, IndexError):
-            yield common.Bad(name, ValueError(f"unreadable record: {path}, line {number}"))
+            (start, end), text = map(float, fields[3:5]), clean(fields[6] if len(fields) > 6 else "")
+            audio = files.inside(path.parent.parent / "sph", f"{fields[0]}.sph")
+        except ValueError as error:
+            yield common.Bad(name, ValueError(f"unreadable record: {path}, line {number} ({one_line(error)})"))
             continue
         if "<unk>" in text and settings["kind"] != "speech":
             yield common.Bad(name, ValueError(f"unknown word in transcript: {text[:60]!r}"))
             continue
-        yield common.Item(name, str(path.parent.parent / "sph" / f"{talk}.sph"), start, end, text)
+        yield common.Item(name, audio, start, end, text)
 
 
 if __name__ == "__main__":

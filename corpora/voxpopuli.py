@@ -14,6 +14,7 @@ The text is raw_text, which has case and punctuation, or normalized_text where t
 """
 
 from corpora import common, files
+from foreign import one_line
 
 
 def find(source, settings):
@@ -36,7 +37,8 @@ def read(path, settings):
             audio = files.inside(path.parent, f"{row['id'][:4]}/{row['id']}.ogg")
             yield common.Item(row["id"], audio, text=row["raw_text"].strip() or row["normalized_text"])
         except (KeyError, ValueError) as error:
-            yield common.Bad(f"{path.name}:{number}", ValueError(f"unreadable record: {path}, line {number} ({error})"))
+            bad = ValueError(f"unreadable record: {path}, line {number} ({one_line(error)})")
+            yield common.Bad(f"{path.name}:{number}", bad)
 
 
 if __name__ == "__main__":

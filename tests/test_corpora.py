@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import data
 import speech
-from corpora import common, demo, files
+from corpora import common, demo, files, tedlium
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed: pip install -e '.[speech]'")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install -e '.[speech]'")
@@ -219,6 +219,43 @@ def test_unusable_audio_has_a_reason(tmp_path, fault):
     spoil(tmp_path / "a.flac", fault)
     with pytest.raises(ValueError, match=f"^{FAULTS[fault]}: .*a.flac[^\n]*$"):
         speech.read_audio(str(tmp_path / "a.flac"))
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.sph"])
+def test_a_cut_file_is_noticed(tmp_path, name):
+    """libsndfile takes what is there for all there is."""
+    record(tmp_path / name, SENTENCES[0], **dict(format="WAV") if name == "a.wav" else {})
+    raw = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(raw[:len(raw) // 2])
+    assert soundfile.info(tmp_path / name).frames > 8000
+    with pytest.raises(ValueError, match="^unreadable audio: .* breaks off: [0-9]+ bytes, by its header [0-9]+$"):
+        speech.read_audio(str(tmp_path / name))
+
+
+def test_headers_that_would_fill_the_memory(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(9), 1)  # one sample a second
+    with pytest.raises(ValueError, match="^unreadable audio: .*a.wav says 1 samples a second"):
+        speech.read_audio(str(tmp_path / "a.wav"))
+    soundfile.write(tmp_path / "a.flac", np.zeros(1600), RATE)
+    raw = bytearray((tmp_path / "a.flac").read_bytes())
+    raw[21:26] = b"\xff\xff\xff\xff\xff"  # the number of samples, 36 bits
+    (tmp_path / "a.flac").write_bytes(raw)
+    with pytest.raises(ValueError, match="^audio too long: .*a.flac; give shorter spans"):
+        speech.read_audio(str(tmp_path / "a.flac"))
+
+
+def test_no_name_leads_out_of_the_source(tmp_path):
+    for name in ("in/sph", "in/stm", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "out/x.sph").write_bytes(b"secret")
+    (tmp_path / "in/sph/link").symlink_to(tmp_path / "out")
+    (tmp_path / "in/sph/x.sph").symlink_to("../../out/x.sph")
+    (tmp_path / "in/sph/y.sph").symlink_to("z.sph")
+    names = ["y", "x", "link/x", "../../out/x", "a/../../../out/x", str(tmp_path / "out/x")]
+    write(tmp_path / "in/stm/a.stm", *(f"{name} 1 spk 0.0 0.2 <o> a b" for name in names))
+    found = [item for item in tedlium.read(tmp_path / "in/stm/a.stm", dict(kind="paired"))]
+    assert found[0].audio == str(tmp_path / "in/sph/y.sph")
+    assert all(str(bad.error).count("path outside the source") for bad in found[1:]) and len(found) == len(names)
 
 
 @pytest.mark.parametrize("span", [(-1, None), (5, None), (0, 5), (1, 1), (1, 0.5)])
@@ -444,7 +481,7 @@ def test_stinystories(tools, tmp_path):
     record(tmp_path / "x.flac", SENTENCES[0])
     assert documents(tmp_path / "out") == expect(tools, (tmp_path / "x.flac", SENTENCES[0]))
     assert report["dropped"] == {"no word times": 1, "no audio": 1, "word times outside the audio": 1,
-                                 "unexpected fault": 1}
+                                 "unreadable record": 1}
     with pytest.raises(SystemExit, match="no column document"):
         run("text", tools, tmp_path / "data", tmp_path / "no", field="document", kind="text")
 

@@ -202,6 +202,27 @@ def test_what_is_no_set_is_refused(folders, tmp_path):
         data.open_set(tmp_path / "torn")
 
 
+def test_data_py_finds_what_opening_cannot(folders, tmp_path):
+    shutil.copytree(folders / "paired", tmp_path / "set")
+    array = np.load(tmp_path / "set" / "speech.npy")
+    spoil(tmp_path / "set", "speech", put(3, (array[3] + 1) % 20))  # a unit like any other
+    data.open_set(tmp_path / "set")
+    with pytest.raises(data.DataError, match="set: a file is not as it was written"):
+        data.open_set(tmp_path / "set", full=True)
+    meta = json.loads((tmp_path / "set" / "meta.json").read_text())
+    del meta["sha256"]  # as sets had it once
+    (tmp_path / "set" / "meta.json").write_text(json.dumps(meta))
+    data.open_set(tmp_path / "set", full=True)
+
+
+def test_offsets_whose_differences_overflow(folders, tmp_path):
+    shutil.copytree(folders / "paired", tmp_path / "set")
+    spoil(tmp_path / "set", "text_words", lambda a: np.concatenate([a[:3], [2**63 - 1, -2], a[5:]]))
+    assert (np.diff(np.load(tmp_path / "set" / "text_words.npy")) > 0).all()
+    with pytest.raises(data.DataError, match="text_words.npy: has offsets that do not rise"):
+        data.open_set(tmp_path / "set")
+
+
 def test_nothing_pickled_is_read(folders, tmp_path):
     shutil.copytree(folders / "text", tmp_path / "set")
     np.save(tmp_path / "set" / "documents.npy", np.array([0, {}], object), allow_pickle=True)

@@ -264,7 +264,7 @@ def test_blimp(world):
 
 @pytest.mark.parametrize("line, fault", [
     ('{"sentence_good": "", "sentence_bad": "a", "field": "f", "linguistics_term": "t", "UID": "u"}', "empty sentence"),
-    ('{"sentence_good": "a"}', "not an item of BLiMP .KeyError"), ("{", "not an item of BLiMP"), ("7", "not an item")])
+    ('{"sentence_good": "a"}', "not an item of BLiMP"), ("{", "no readable json"), ("7", "no readable json")])
 def test_broken_blimp(world, line, fault):
     write_blimp(world.tmp / "blimp", PAIRS[:1])
     with open(world.tmp / "blimp/a.jsonl", "a") as f:
@@ -318,7 +318,9 @@ def test_a_question_that_is_too_long_loses_its_beginning(world):
     (("s", "q", ["a", "", "c", "d"], "A"), "item 2: empty B"),
     (("s", " ", ["a", "b", "c", "d"], "A"), "item 2: empty question"),
     (("s", "q", ["a", "b", "c", "d"], "E"), "item 2: not an item of MMLU"),
-    (("s", "q", ["a", "b", "c"], "A"), "item 2: not an item of MMLU")])
+    (("s", "q", ["a", "b", "c", "d"], ""), "item 2: not an item of MMLU .answer ''"),
+    (("s", "q", ["a", "b", "c", "d"], "AB"), "item 2: not an item of MMLU .answer 'AB'"),
+    (("s", "q", ["a", "b", "c"], "A"), "mmlu.csv.xz:[0-9]+: 6 fields, 7 columns")])
 def test_broken_mmlu(world, change, fault):
     write_mmlu(world.tmp / "mmlu.csv.xz", [QUESTIONS[0], change])
     with pytest.raises(SystemExit, match=fault):
@@ -390,7 +392,7 @@ def test_sblimp(world):
 
 @pytest.mark.parametrize("sentences, fault", [
     (SPOKEN + SPOKEN[:1], "gold.csv:8: a second sentence"), (SPOKEN[:-1], "missing the counterpart of"),
-    ([(1, "A", "agreement", 2, "1")], "gold.csv:2: not a row"), ([], "no rows")])
+    ([(1, "A", "agreement", 2, "1")], "gold.csv:2: not a row"), ([], "no items")])
 def test_broken_gold(world, sentences, fault):
     write_sblimp(world.tmp, sentences)
     with pytest.raises(SystemExit, match=fault):
@@ -404,7 +406,7 @@ def test_sblimp_files_missing_and_double(world):
         world.run("sblimp", f"--sblimp={world.tmp}")
     gold = (folder / "gold.csv").read_text().replace("x037", "x000")
     (folder / "gold.csv").write_text(gold)
-    with pytest.raises(SystemExit, match="gold.csv:3: filename x000 stands here a second time"):
+    with pytest.raises(SystemExit, match="gold.csv:3: filename 'x000' stands here a second time"):
         world.run("sblimp", f"--sblimp={world.tmp}")
     (folder / "gold.csv").write_text(gold.replace("some words", " ", 1))
     with pytest.raises(SystemExit, match="gold.csv:2: empty sentence"):

@@ -1,6 +1,7 @@
 """model.py against transformers, brute force and the paper's numbers."""
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -411,7 +412,11 @@ def test_weights_are_read_strictly(tmp_path, fault, message):
 
 @pytest.mark.parametrize("key, value, message", [
     ("attention_bias", True, "attention_bias is True"), ("rope_scaling", {"type": "linear"}, "rope_scaling"),
-    ("tie_word_embeddings", False, "tie_word_embeddings"), ("hidden_size", None, "hidden_size")])
+    ("tie_word_embeddings", False, "tie_word_embeddings"), ("hidden_size", None, "hidden_size"),
+    ("model_type", "qwen2", "model_type is 'qwen2'"), ("head_dim", 5, "head_dim is 5"), ("rms_norm_eps", "1", "rms_"),
+    ("vocab_size", 1 << 40, "vocab_size=1099511627776: give"), ("hidden_size", 1 << 19, "config.json asks for"),
+    ("num_hidden_layers", 1000, "tensors, config.json asks for"), ("eos_token_id", [0, 2], "eos_token_id="),
+    ("eos_token_id", 50, "is no id below vocab_size")])
 def test_other_architectures_are_refused(tmp_path, key, value, message):
     save_pretrained(make(), tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
@@ -425,6 +430,11 @@ def test_other_architectures_are_refused(tmp_path, key, value, message):
 
 def test_damaged_files_are_named(tmp_path):
     save_pretrained(make(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * math.nan}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: tensor 'model.norm.weight' has .* not finite"):
+        from_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "speech.safetensors").write_bytes((tmp_path / "speech.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="speech.safetensors: cannot be read"):
         from_pretrained(tmp_path)

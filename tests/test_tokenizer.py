@@ -152,6 +152,14 @@ def test_bytes_that_are_no_utf8_are_replaced(pair):
     assert ours.decode(half) == "\ufffd"
 
 
+def test_a_run_of_space_that_would_overflow_is_refused(small_json):
+    ours = Tokenizer(small_json)
+    assert ours.decode(ours.encode("a" + " " * 100_000 + "b")) == "a" + " " * 100_000 + "b"
+    for text in ("a" + " " * 1_100_000 + "b", "\n" * 100_001):
+        with pytest.raises(ValueError, match="^text with too much space: more than 100000 whitespace characters"):
+            ours.encode(text)
+
+
 def test_the_hash_is_of_what_determines_ids(small_json, tmp_path):
     spec, other = json.loads(small_json.read_text(encoding="utf-8")), tmp_path / "tokenizer.json"
     spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]  # the older way to write the same
@@ -175,6 +183,9 @@ def test_the_hash_is_of_what_determines_ids(small_json, tmp_path):
     ("model.unk_token", "<unk>"),
     ("model.merges", []),
     ("added_tokens", []),
+    ("added_tokens", [{"id": 0, "content": "<|endoftext|>", "special": True}, {"id": 7, "content": "a"}]),
+    ("model.vocab", {"<|endoftext|>": 0, "<|im_start|>": 1, "a": 2, "b": 2}),
+    ("model.vocab", {"<|endoftext|>": 0, "<|im_start|>": 1, "a": 1 << 40}),
 ])
 def test_other_kinds_of_tokenizer_are_refused(small_json, tmp_path, field, value):
     spec, path = json.loads(small_json.read_text(encoding="utf-8")), tmp_path / "other.json"

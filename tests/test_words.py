@@ -141,7 +141,7 @@ def test_match_words_says_where_it_fails():
 def test_word_times_must_lie_inside_the_audio():
     timed = [("a", 0, 1), ("b", 1, 2.03)]
     assert word_times.match_words(["a", "b"], timed, duration=2.0) == [(0, 1), (1, 2.0)]
-    with pytest.raises(ValueError, match="^word times outside the audio: word 2 'b' ends at 2.030 s of 1.900 s"):
+    with pytest.raises(ValueError, match="^word times outside the audio: word 2 'b' lasts from .* to 2.030 s of 1.900"):
         word_times.match_words(["a", "b"], timed, duration=1.9)
 
 
