@@ -763,7 +763,7 @@ def draw_overlap(rows, models, k):
             axis.axhline(100 * share, color="0.4", linestyle="-.", label=f"a random subspace: {100 * share:.0f}%")
         axis.set(xlabel="layer (0: input to the backbone)", ylabel=f"% of {a} variance explained", ylim=(0, 103),
                  title=f"{a} variance in the top {k} components of {b} (band: 95% bootstrap)")
-        axis.legend(loc="lower right")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)  # lines are high and low
     return figure
 
 

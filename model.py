@@ -473,10 +473,11 @@ class SmolTolk(nn.Module):
         at_text = where((targets >= 0) & (targets < V), counts[0])
         at_speech = where((spoken >= V) & (spoken < V + n), counts[1])
         x_text, x_speech = (x.flatten(0, 1).index_select(0, at) for x, at in ((text, at_text), (speech, at_speech)))
-        text_nll, text_logp = HeadLoss.apply(x_text, self.model.embed_tokens.weight, targets.flatten()[at_text],
-                                             self.head_piece)
-        speech_nll, speech_logp = HeadLoss.apply(x_speech, self.speech_embed.weight[:n],
-                                                 spoken.flatten()[at_speech] - V, self.head_piece)
+        heads = self.model.embed_tokens.weight, self.speech_embed.weight[:n]
+        if not torch.is_grad_enabled():  # HeadLoss would make gradients all the same
+            heads = [w.detach() for w in heads]
+        text_nll, text_logp = HeadLoss.apply(x_text, heads[0], targets.flatten()[at_text], self.head_piece)
+        speech_nll, speech_logp = HeadLoss.apply(x_speech, heads[1], spoken.flatten()[at_speech] - V, self.head_piece)
         negative_entropy = torch.zeros((), device=text.device)
         if log_omega is not None:
             scored = log_omega.flatten(0, 1).index_select(0, at_speech)

@@ -19,6 +19,7 @@ import analyze
 import data
 import model as smoltolk
 import speech
+from checkpoint import whole_folder
 from model import Config, SmolTolk, save_pretrained
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,9 +324,10 @@ def world(tmp_path_factory, demo_folder):
     torch.manual_seed(0)
     net = SmolTolk(Config(**{**SHAPE, "max_position_embeddings": 256, "vocab_size": meta["text"]["vocab_size"],
                              "n_units": meta["speech"]["n_units"], "initializer_range": 0.3}))
-    save_pretrained(net, folder)
-    for name in ("tokenizer.json", "units/units.json"):
-        (folder / Path(name).name).write_bytes((demo_folder / name).read_bytes())
+    with whole_folder(folder, manifest=True) as new:
+        save_pretrained(net, new)
+        for name in ("tokenizer.json", "units/units.json"):
+            (new / Path(name).name).write_bytes((demo_folder / name).read_bytes())
     return folder, demo_folder
 
 

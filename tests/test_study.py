@@ -24,7 +24,7 @@ def finish(folder, right, nll=2.0):
     (checkpoint / "evaluation.items").mkdir(parents=True)
     kinds = dict(speech=dict(speech=nll), interleaved=dict(text=1.0, speech=nll))
     (folder / "results.json").write_text(json.dumps(dict(flops=3e9, nll=kinds)))
-    (checkpoint / "train.json").write_text("{}")
+    (checkpoint / "files.json").write_text("{}")
     (checkpoint / "evaluation.json").write_text(json.dumps(dict(parameters=7_000_000)))
     for setting, answers in right.items():
         np.save(report.item_path(checkpoint / "evaluation.json", "topic_cloze", f"{setting}.right"), answers)
