@@ -45,7 +45,7 @@ def whole_folder(out, manifest=False):
             (folder / MANIFEST).write_text(json.dumps(files, indent=1))
         for path in [*folder.rglob("*"), folder]:
             to_disk(path)
-        os.rename(folder, out)
+        os.replace(folder, out)
         to_disk(out.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

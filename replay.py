@@ -73,7 +73,7 @@ def explain(model, batches, names, beta, autocast, most=8):
     for batch, its_names in zip(batches, names):
         if any(look(model, batch, beta, autocast)):
             for row in range(len(batch.tokens)):
-                alone = data.Batch(batch.tokens[row:row + 1], int(row < batch.text_rows), 0, 0)
+                alone = data.Batch(batch.tokens[row:row + 1], int(row < batch.text_rows), 0, 0, 0)
                 found = look(model, alone, beta, autocast)
                 if any(found) and told < most:
                     told += 1

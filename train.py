@@ -573,7 +573,10 @@ def replay_step(folder, device):
     saved = json.loads((folder / "train.json").read_text())
     c, place, tokens = SimpleNamespace(**saved["settings"]), saved["place"], load_file(folder / "batches.safetensors")
     name, stage = list(c.stages.items())[place["stage"]]
-    model = smoltolk.from_pretrained(folder).to(world.device)
+    model = smoltolk.SmolTolk(smoltolk.read_config(folder))
+    weights = load_file(folder / "model.safetensors") | load_file(folder / "speech.safetensors")
+    model.load_state_dict(weights)  # as they are: from_pretrained refuses what is not finite
+    model.to(world.device)
     set_trainable(model, stage["train"])
     optimizer = make_optimizer(model, c, world.device)
     if place["step"]:

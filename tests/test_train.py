@@ -244,7 +244,8 @@ def test_every_config_is_sound(config):
     assert c.out_dir == f"out/{config.stem}"
     parts = [c.input_adapter_layers, c.output_adapter_layers, c.layer_pooling, c.residual]
     expected = [2, 2, "dynamic", True]
-    expected = {"baseline": [0, 0, "last", False], "no_dynamic_pooling": [2, 2, "fixed", True],
+    expected = {"baseline": [0, 0, "last", False], "baseline_deep": [0, 0, "last", False],
+                "no_dynamic_pooling": [2, 2, "fixed", True],
                 "no_layer_pooling": [2, 2, "last", True], "no_input_adapter": [0, 2, "dynamic", True],
                 "no_output_adapter": [2, 0, "dynamic", True], "no_adapters": [0, 0, "dynamic", True],
                 "no_residual": [2, 2, "dynamic", False]}.get(name.removeprefix("ablation_").rsplit("_", 1)[0], expected)
