@@ -549,11 +549,12 @@ def frame_geometry(config):
 
 
 def check_size(kind, folder):
-    """ValueError if config.json asks for a far larger model than model.safetensors holds, before memory is taken."""
+    """ValueError if config.json cannot be, or asks for a far larger model than model.safetensors holds."""
     import torch
 
     tensors = read_tensors(os.path.join(folder, "model.safetensors"))
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    frame_geometry(config)
     with torch.device("meta"):
         model = kind(config) if config.num_hidden_layers <= len(tensors) else None
     if model is None or model.num_parameters() > 2 * sum(tensor.numel() for tensor in tensors.values()) + 1e6:
@@ -575,7 +576,9 @@ def load_hubert_units(folder, device="cpu", whole=WHOLE, margin=MARGIN):
         from transformers import HubertModel
     except ImportError:
         raise RuntimeError("transformers is missing: pip install 'smoltolk[speech]'") from None
-    path = os.path.normpath(os.path.join(folder, str(about.get("model", ""))))
+    if not isinstance(about.get("model"), str) or not about["model"].isprintable() or len(about["model"]) > 1000:
+        raise ValueError(f"{folder}: model in units.json is no folder")
+    path = os.path.normpath(os.path.join(folder, about["model"]))
     try:
         kind = read_json(os.path.join(path, "config.json")).get("model_type")
         if kind != "hubert":
@@ -800,7 +803,9 @@ def vocoder_shapes(config):
         raise ValueError("not the config of a unit HiFi-GAN: no object")
     for name in ("multispkr", "multistyle", "f0", "f0_quant_num_bin", "embedder_params"):
         if c.get(name):
-            raise ValueError(f"{name} is {c[name]!r}: vocoders with speakers, styles or pitch cannot be used here")
+            said = reprlib.repr(c[name])
+            raise ValueError(f"{name} is {said}: vocoders with speakers, styles or pitch cannot be used here")
+
     def flat(value):
         return [x for inner in value for x in (inner if isinstance(inner, list) else [inner])]
 

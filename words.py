@@ -439,11 +439,7 @@ def load_aligner(folder, device="cpu"):
     labels = {label: i for label, i in labels.items() if re.fullmatch("[a-z']", label) and i != blank}
     if not labels or max(*labels.values(), blank) >= config.vocab_size:
         raise ValueError(f"{folder}: vocab.json does not fit the model's {config.vocab_size} columns")
-    try:
-        hop, field = frame_geometry(config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    return Aligner(model.float().eval().to(device), labels, blank, hop, field, str(device))
+    return Aligner(model.float().eval().to(device), labels, blank, *frame_geometry(config), str(device))
 
 
 def emissions(waveforms, aligner):
