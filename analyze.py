@@ -798,7 +798,7 @@ def draw_scaling(rows, names, runs):
         axis.set_xscale("log")
         wide = max(row[key] for row in of_name) > 100 * min(row[key] for row in of_name)
         axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1,) if wide else (1, 2, 5)))
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.1e}".replace("e+", "e").replace(".0e", "e"))
         axis.xaxis.set_minor_formatter(lambda value, _: "")
         what = "nats per target" if "nll" in name else "% right" if "accuracy" in name else name
         axis.set(xlabel=unit, ylabel=what, title=name)

@@ -108,9 +108,10 @@ def check_length(file, name):
         if b"shorten" in head:
             raise ValueError(f"unreadable audio: {name} is compressed with shorten; convert it: sph2pipe -f wav")
         said = re.findall(rb"\n(?:sample_count|channel_count|sample_n_bytes) -i (\d{1,12})[ \t\r]*(?=\n)", head)
-        if len(said) != 3:
+        start = re.match(rb"NIST_1A\r?\n *(\d{1,12})[ \t\r]*\n", head)
+        if not start or len(said) != 3:
             raise ValueError(f"unreadable audio: {name} has no whole SPHERE header")
-        needed = 1024 + math.prod(map(int, said))
+        needed = int(start[1]) + math.prod(map(int, said))
     elif head.startswith(b"RIFF") and head[8:12] == b"WAVE":
         at = 12
         for _ in range(1000):  # chunks: a name, its size, as many bytes, and one more if they are odd

@@ -929,6 +929,8 @@ def give_up(*_):
 def run(it, name, first, last, seed, folder, place, counts, findings):
     """Trials [first, last) of a target in this, a child process. place, counts: shared with the parent."""
     warnings.simplefilter("ignore")
+    if "torch" in sys.modules:  # threads of the parent that were at work do not come along, and would be waited for
+        sys.modules["torch"].set_num_threads(1)
     results, errors = {}, open(os.devnull, "w")
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
