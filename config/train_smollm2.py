@@ -1,4 +1,4 @@
-# A look at SmolLM2-135M on a laptop: few steps, on two hours of books read aloud (python -m corpora.prose --help).
+# A look at SmolLM2-135M on a laptop: few steps, on a book read aloud (the top of corpora/prose.py).
 init_from = "weights/smollm2-135m"
 tokenizer = "weights/smollm2-135m/tokenizer.json"
 units = "data/demo/units"
