@@ -215,10 +215,14 @@ class Recording(NamedTuple):
 def record(text, speaker):
     """A text as a speaker says it, under hiss: what speech.espeak returns. A pure function."""
     waveform, words = speech.espeak(text, *SPEAKERS[speaker])
+    return add_hiss(waveform, text, speaker), words
+
+
+def add_hiss(waveform, text, speaker):
     rng = np.random.default_rng([zlib.crc32(text.encode()), speaker])
     ratio = 10 ** (rng.uniform(*SIGNAL_TO_NOISE) / 20)
     hiss = rng.standard_normal(len(waveform)) * np.sqrt(np.mean(waveform**2)) / ratio
-    return np.clip(waveform + hiss, -1, 1).astype(np.float32), words
+    return np.clip(waveform + hiss, -1, 1).astype(np.float32)
 
 
 def speak_for_fit(job):

@@ -791,6 +791,64 @@ def kmeans():
     return Target([{"km.bin": raw}], read, check, {"bin": [*BYTES, opcode, opcode]})
 
 
+@target(2)
+def whisper_bin():
+    """CTranslate2's file of a Whisper with one block, of which speech.py then hears something."""
+    from test_whisper import ct2, ct2_of, small_encoder
+    raw = ct2(ct2_of(small_encoder(d=64, layers=1)))
+
+    def read(folder):
+        out = convert.whisper(folder / "out", folder / "model.bin")
+        return speech.load_whisper(out, 1)
+
+    def check(found, *_):
+        demand(all(tensor.dtype == torch.float32 for tensor in found.weights.values()), "other types")
+        demand(speech.whisper_frames(np.ones(1600, np.float32), found).shape == (2, 64), "other frames")
+
+    return Target([{"model.bin": raw}], read, check, {"bin": [*BYTES, integer]})
+
+
+@target(2)
+def whisper_units():
+    from test_whisper import small_encoder
+    rng = np.random.default_rng(0)
+
+    def write(folder):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(d_model=64, encoder_layers=1, encoder_attention_heads=1,
+                                                            num_mel_bins=80)))
+        encoder = {f"encoder.{name}": tensor for name, tensor in small_encoder(d=64, layers=1).state_dict().items()}
+        save_file(encoder, folder / "model.safetensors")
+        vocabulary = speech.fit_whisper_units([torch.from_numpy(rng.standard_normal((50, 64)).astype("f4"))], 4, 0,
+                                              speech.load_whisper(folder, 1))
+        speech.save_whisper_units(folder / "units", folder, vocabulary)
+
+    def check(found, *_):
+        [(ids, _)] = speech.units([np.ones(3200, np.float32)], found)
+        demand(len(found.centroids) == 4 and ids.max() < 4, "units outside the vocabulary")
+
+    return Target([built(write)], lambda f: speech.load_units(str(f / "units")), check,
+                  {"json": JSON, "npy": NPY, "safetensors": SAFETENSORS}, {"json": reformat},
+                  lambda a, b: a[1:3] == b[1:3] and a.hash == b.hash)
+
+
+@target(2)
+def book_archives():
+    from test_small import r_archive, sword_module
+
+    from corpora import books
+    seeds = [{"a.rdb": r_archive(["A book", *["of many words"] * 900])}, sword_module("<w>Of</w> <p/>many " * 1200)]
+
+    def read(folder):
+        return books.make(folder, folder / "out")
+
+    def check(counts, folder, *_):
+        demand(all(n >= books.SHORTEST and (folder / "out" / f"{name}.txt").is_file() for name, n in counts.items()),
+               "no such book")
+
+    return Target(seeds, read, check, {"rdb": [*BYTES, integer], "bzz": BYTES, "bzs": [*BYTES, integer]})
+
+
 VOCODER = dict(num_embeddings=6, embedding_dim=4, model_in_dim=4, upsample_rates=[40, 16],
                upsample_kernel_sizes=[80, 32], upsample_initial_channel=8, resblock_kernel_sizes=[3],
                resblock_dilation_sizes=[[1, 3]], sampling_rate=16000, code_hop_size=640, dur_predictor_params=dict(
