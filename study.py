@@ -3,11 +3,13 @@ The paper's claim in small: SmolTolk and vocabulary expansion on the same data, 
 
     python study.py                                       all runs of the tiny study that are not there yet, then tables
     python study.py --runs='["smoltolk","baseline"]' --seeds='[1]'                                   some of them
-    python study.py --make=false                          the tables of what is there
+    python study.py --make=false --pictures=true          the tables of what is there, and analyze.py's figures of it
+    python study.py --study=small --jobs=1 --seeds='[1]'  SmolLM2-135M, on one H100; corpora/small.py makes its data
 
 Each run is one command of train.py, printed before it starts, and one of evaluate.py, which keeps the score of every
 item; a run that was cut off goes on from its checkpoint. In --out: a folder <run>-<seed> for each run, and study.md,
 study.csv, study.json and study.png: mean and standard deviation over seeds, differences to the first run with p-values.
+--pictures=true has analyze.py make its figures and tables in --out/pictures, of the runs with the first seed.
 """
 import csv
 import json
@@ -32,23 +34,61 @@ out = ""                   # default: out/study_<study>
 make = True                # run what is missing
 jobs = 1                   # so many runs at a time
 options = ""               # more options for every train.py, e.g. "--device=cuda --compile=true"
+scoring = ""               # and for every evaluate.py, e.g. "--dtype=bfloat16"
+pictures = False           # make analyze.py's figures too
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, str, list)) and not k.startswith("_")}
 
-# run: (what it is, its train.py command without seed and folder). The first of a study is what others are compared with
-STUDIES = dict(tiny=dict(
-    smoltolk=("SmolTolk", "config/train_tiny.py"),
-    baseline=("vocabulary expansion, as in the paper: no stage 1", "config/baseline_tiny.py"),
-    equal_steps=("the same, as many steps", "config/baseline_tiny.py --stages.stage2.steps=1000"),
-    equal_flops=("the same, as much compute", "config/baseline_tiny.py --stages.stage2.steps=1595"),
-    equal_parameters=("the same, as many steps and parameters",
-                      "config/baseline_deep_tiny.py --stages.stage2.steps=1000"),
-    no_input_adapter=("- input adapter", "config/ablation_no_input_adapter_tiny.py"),
-    no_output_adapter=("- output adapter", "config/ablation_no_output_adapter_tiny.py"),
-    no_adapters=("- adapters", "config/ablation_no_adapters_tiny.py"),
-    no_layer_pooling=("- layer pooling", "config/ablation_no_layer_pooling_tiny.py"),
-    no_dynamic_pooling=("- dynamic pooling", "config/ablation_no_dynamic_pooling_tiny.py"),
-    no_residual=("- residual", "config/ablation_no_residual_tiny.py"),
-))
+# runs {run: (what it is, its train.py command without seed and folder)}, of which the first is what others are compared
+# with; options of evaluate.py; commands of analyze.py, where {run} is the run's folder
+STUDIES = dict(
+    tiny=dict(
+        runs=dict(
+            smoltolk=("SmolTolk", "config/train_tiny.py"),
+            baseline=("vocabulary expansion, as in the paper: no stage 1", "config/baseline_tiny.py"),
+            equal_steps=("the same, as many steps", "config/baseline_tiny.py --stages.stage2.steps=1000"),
+            equal_flops=("the same, as much compute", "config/baseline_tiny.py --stages.stage2.steps=1595"),
+            equal_parameters=("the same, as many steps and parameters",
+                              "config/baseline_deep_tiny.py --stages.stage2.steps=1000"),
+            no_input_adapter=("- input adapter", "config/ablation_no_input_adapter_tiny.py"),
+            no_output_adapter=("- output adapter", "config/ablation_no_output_adapter_tiny.py"),
+            no_adapters=("- adapters", "config/ablation_no_adapters_tiny.py"),
+            no_layer_pooling=("- layer pooling", "config/ablation_no_layer_pooling_tiny.py"),
+            no_dynamic_pooling=("- dynamic pooling", "config/ablation_no_dynamic_pooling_tiny.py"),
+            no_residual=("- residual", "config/ablation_no_residual_tiny.py")),
+        evaluate="--tasks='[\"topic_cloze\"]'",
+        pictures=["segmentation --checkpoint={smoltolk} --units=data/demo/units", "weights --checkpoint={smoltolk}",
+                  "dimension --checkpoint={smoltolk},{baseline} --points=1000",
+                  "overlap --checkpoint={smoltolk},{baseline} --points=1000",
+                  "scaling --checkpoint={smoltolk},{equal_flops}"]),
+    small=dict(
+        runs=dict(
+            smoltolk=("SmolTolk, 100M tokens", "config/train_small.py"),
+            baseline=("vocabulary expansion, no stage 1", "config/baseline_small.py"),
+            smoltolk_300m=("SmolTolk, 300M tokens", "config/train_small.py --stages.stage2.steps=2139"),
+            baseline_300m=("vocabulary expansion, 300M tokens", "config/baseline_small.py --stages.stage2.steps=2289"),
+            equal_flops=("vocabulary expansion, as much compute as SmolTolk",
+                         "config/baseline_small.py --stages.stage2.steps=792"),
+            no_input_adapter=("- input adapter", "config/ablation_no_input_adapter_small.py"),
+            no_output_adapter=("- output adapter", "config/ablation_no_output_adapter_small.py"),
+            no_adapters=("- adapters", "config/ablation_no_adapters_small.py"),
+            no_layer_pooling=("- layer pooling", "config/ablation_no_layer_pooling_small.py"),
+            no_dynamic_pooling=("- dynamic pooling", "config/ablation_no_dynamic_pooling_small.py"),
+            no_residual=("- residual", "config/ablation_no_residual_small.py"),
+            **{f"{run}_rate_{rate}": (f"{run}, learning rate {rate}, 20M tokens",
+                                      f"config/{config}_small.py --stages.stage2.learning_rate={rate} {steps}")
+               for rate in ("1e-4", "3e-4", "1e-3") for run, config, steps in (
+                   ("smoltolk", "train", "--stages.stage1.steps=30 --stages.stage2.steps=123"),
+                   ("baseline", "baseline", "--stages.stage2.steps=153"))}),
+        evaluate="--tasks='[\"topic_cloze\",\"nll\",\"sblimp\",\"blimp\",\"mmlu\"]' --cloze=data/small/cloze "
+                 "--val_text='[\"data/small/val\"]' --val_speech='[\"data/small/val\"]' "
+                 "--val_interleaved='[\"data/small/val\"]' --sequence_length=1024 --units=data/small/units "
+                 "--sblimp=data/spoken_blimp --blimp=data/blimp --mmlu=data/mmlu.csv --before=weights/smollm2-135m",
+        pictures=["segmentation --checkpoint={smoltolk} --data=data/small/test --val=data/small/val --utterances=500 "
+                  "--units=data/small/units", "weights --checkpoint={smoltolk} --data=data/small/test --utterances=500",
+                  *(f"{what} --data=data/small/test --checkpoint={{smoltolk}},{{baseline}},{{no_adapters}},"
+                    "{no_layer_pooling}" for what in ("dimension", "overlap")),
+                  "scaling --checkpoint={smoltolk_300m},{baseline_300m}"]))
+OTHER = ("BLIMP T", "BLIMP S", "MMLU", "MMLU before speech")
 COLOURS = {"T": "#0072B2", "S": "#D55E00", "T->S": "#E69F00", "S->T": "#009E73"}  # Okabe and Ito's
 
 
@@ -58,10 +98,12 @@ def commands(run, seed, c):
     there = sorted(folder.glob("checkpoint-*[0-9]"))
     left = []
     if not (folder / "results.json").exists():
-        train = f"{sys.executable} train.py {STUDIES[c.study][run][1]} --seed={seed} --out_dir={folder} {c.options}"
+        said = STUDIES[c.study]["runs"][run][1]
+        train = f"{sys.executable} train.py {said} --seed={seed} --out_dir={folder} {c.options}"
         left.append(f"{train} --resume=true" if there else train)
     if left or not (there and (there[-1] / "evaluation.json").exists()):
-        left.append(f"{sys.executable} evaluate.py --checkpoint={folder} --tasks='[\"topic_cloze\"]'")
+        score = STUDIES[c.study]["evaluate"]
+        left.append(f"{sys.executable} evaluate.py --checkpoint={folder} {score} {c.scoring}")
     return [shlex.split(command) for command in left]
 
 
@@ -104,7 +146,10 @@ def read_run(folder):
     path = evaluate.newest_checkpoint(folder) / "evaluation.json"
     made = json.loads(path.read_text())
     right = {s: np.load(report.item_path(path, "topic_cloze", f"{s}.right")) for s in report.SETTINGS}
-    return SimpleNamespace(flops=results["flops"], parameters=made["parameters"], right=right, nll=results["nll"])
+    mmlu = [made.get(when, {}).get("acc_norm") for when in ("mmlu", "before")]
+    other = dict(zip(OTHER, (made.get("blimp"), made.get("sblimp", {}).get("dev"), *mmlu)))
+    return SimpleNamespace(flops=results["flops"], parameters=made["parameters"], right=right, nll=results["nll"],
+                           other={name: cell["accuracy"] for name, cell in other.items() if cell})
 
 
 def collect(c):
@@ -114,24 +159,29 @@ def collect(c):
         there = {seed: read_run(Path(c.out) / f"{run}-{seed}") for seed in c.seeds if not commands(run, seed, c)}
         if not there:
             continue
-        row = dict(run=run, what=STUDIES[c.study][run][0], seeds=list(there), settings={},
-                   parameters=next(iter(there.values())).parameters, flops=next(iter(there.values())).flops)
+        one = next(iter(there.values()))
+        row = dict(run=run, what=STUDIES[c.study]["runs"][run][0], seeds=list(there), parameters=one.parameters,
+                   flops=one.flops, settings={})
+        row["other"] = {name: summary([r.other[name] for r in there.values() if name in r.other]) for name in one.other}
         first = first or there
         for s in report.SETTINGS:
-            scores = [100 * r.right[s].mean() for r in there.values()]
-            row["settings"][s] = cell = dict(mean=float(np.mean(scores)), scores=scores,
-                                             std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None)
+            row["settings"][s] = cell = summary([100 * r.right[s].mean() for r in there.values()])
+            cell["stderr"] = float(np.mean([100 * r.right[s].std() / len(r.right[s]) ** 0.5 for r in there.values()]))
             both = [seed for seed in there if seed in first]
             if first is not there and both:  # over the seeds that both have: the answers' mean item by item
                 ours, theirs = (np.mean([x[seed].right[s] for seed in both], 0) for x in (first, there))
                 differences = [100 * (first[seed].right[s].mean() - there[seed].right[s].mean()) for seed in both]
-                cell["lead"] = dict(mean=float(np.mean(differences)), seeds=len(both),
-                                    std=float(np.std(differences, ddof=1)) if len(both) > 1 else None,
-                                    p=report.compare(ours, theirs)["p"])
+                cell["lead"] = summary(differences) | dict(seeds=len(both), p=report.compare(ours, theirs)["p"])
         for kind, name in (("speech", "speech"), ("interleaved", "text"), ("interleaved", "speech")):
             row[f"nll {kind} {name}"] = float(np.mean([r.nll[kind][name] for r in there.values()]))
         rows.append(row)
     return rows
+
+
+def summary(scores):
+    """Mean and standard deviation over seeds; None for one seed."""
+    return dict(mean=float(np.mean(scores)), scores=scores,
+                std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None)
 
 
 def spread(cell):
@@ -147,8 +197,14 @@ def as_markdown(rows):
                *(spread(r["settings"][s]) for s in report.SETTINGS), f"{r['nll speech speech']:.3f}"] for r in rows]
     leads = [[r["what"], *(f"{spread(lead)} (p {lead['p']:.1g})" if (lead := r["settings"][s].get("lead")) else "–"
                            for s in report.SETTINGS)] for r in rows[1:]]
+    errors = [f"{min(e):.1f} to {max(e):.1f}" if (e := [r["settings"][s]["stderr"] for r in rows]) else ""
+              for s in report.SETTINGS]
+    other = [[r["what"], *(spread(r["other"][name]) if name in r["other"] else "–" for name in OTHER)] for r in rows]
     return "\n\n".join([
         table(["Topic-Cloze, % right", "seeds", "parameters", "FLOPs", *report.SETTINGS, "speech NLL"], scores),
+        "± is the standard deviation over seeds. The standard error over items, of a seed: "
+        + ", ".join(f"{s} {e}" for s, e in zip(report.SETTINGS, errors)) + ".",
+        *([table(["% right", *OTHER], other)] if any(r["other"] for r in rows) else []),
         f"By how much {rows[0]['what']} leads, points:",
         table(["over", *report.SETTINGS], leads)]) + "\n"
 
@@ -189,22 +245,39 @@ def write(rows, c):
     print(f"written to {stem}.md, .csv, .json, .png")
 
 
+def make_pictures(c):
+    """analyze.py's figures, csv and json of the runs with the first seed; those of runs that are not there are left."""
+    there = {run: f"{c.out}/{run}-{c.seeds[0]}" for run in STUDIES[c.study]["runs"]
+             if not commands(run, c.seeds[0], c)}
+    for command in STUDIES[c.study]["pictures"]:
+        try:
+            arguments = shlex.split(command.format(**there))
+        except KeyError as run:
+            print(f"left out, for run {run} is not there: analyze.py {command}")
+            continue
+        print(shlex.join(["python", "analyze.py", *arguments]), flush=True)
+        subprocess.run([sys.executable, "analyze.py", *arguments, f"--out={c.out}/pictures"], check=True)
+
+
 def main(argv):
     c = SimpleNamespace(**configure(DEFAULTS, argv)[0])
     if c.study not in STUDIES:
         raise SystemExit(f"study={c.study}: no such study; did you mean {nearest(c.study, STUDIES)}?")
+    known = STUDIES[c.study]["runs"]
     for run in c.runs:
-        if run not in STUDIES[c.study]:
-            raise SystemExit(f"runs: no {run} in study {c.study}; did you mean {nearest(run, STUDIES[c.study])}?")
+        if run not in known:
+            raise SystemExit(f"runs: no {run} in study {c.study}; did you mean {nearest(run, known)}?")
     if not c.seeds or not all(isinstance(seed, int) for seed in c.seeds) or c.jobs < 1:
         raise SystemExit(f"seeds={c.seeds}, jobs={c.jobs}: give whole numbers, like [1, 2, 3], and 1 job or more")
-    c.runs, c.out = c.runs or list(STUDIES[c.study]), c.out or f"out/study_{c.study}"
+    c.runs, c.out = c.runs or list(known), c.out or f"out/study_{c.study}"
     if c.make:
         run_all(c)
     rows = collect(c)
     if not rows:
         raise SystemExit(f"{c.out}: no finished run of {', '.join(c.runs)}; leave --make=false out")
     write(rows, c)
+    if c.pictures:
+        make_pictures(c)
 
 
 if __name__ == "__main__":

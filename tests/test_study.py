@@ -1,6 +1,8 @@
 """study.py: what is left to run, and tables from runs made by hand."""
 import csv
+import dataclasses
 import json
+import shlex
 import sys
 
 import numpy as np
@@ -10,12 +12,15 @@ from scipy.stats import binomtest
 import report
 import study
 
-STUDY = dict(ours=("Ours", "config/train_tiny.py"), theirs=("Theirs", "config/baseline_tiny.py --beta=0.5"))
+STUDY = dict(runs=dict(ours=("Ours", "config/train_tiny.py"),
+                       theirs=("Theirs", "config/baseline_tiny.py --beta=0.5")),
+             evaluate="--tasks='[\"topic_cloze\"]'",
+             pictures=["weights --checkpoint={ours}", "scaling --checkpoint={no}"])
 
 
 @pytest.fixture(autouse=True)
 def small_study(monkeypatch):
-    monkeypatch.setitem(study.STUDIES, "small", STUDY)
+    monkeypatch.setitem(study.STUDIES, "made_up", STUDY)
 
 
 def finish(folder, right, nll=2.0):
@@ -37,7 +42,7 @@ def test_tables(tmp_path, capsys):
     for (run, seed), right in answers.items():
         if (run, seed) != ("theirs", 3):  # not finished yet
             finish(tmp_path / f"{run}-{seed}", right)
-    study.main(["--study=small", f"--out={tmp_path}", "--make=false"])
+    study.main(["--study=made_up", f"--out={tmp_path}", "--make=false"])
     ours, theirs = json.loads((tmp_path / "study.json").read_text())["rows"]
     assert ours["seeds"] == [1, 2, 3] and theirs["seeds"] == [1, 2] and "lead" not in ours["settings"]["S"]
     scores = [100 * answers["ours", seed]["S"].mean() for seed in (1, 2, 3)]
@@ -57,7 +62,7 @@ def test_one_seed_is_tested_by_mcnemar(tmp_path):
     ours, theirs = np.repeat([1.0, 0.0], [30, 10]), np.repeat([0.0, 1.0], [12, 28])
     for run, right in (("ours", ours), ("theirs", theirs)):
         finish(tmp_path / f"{run}-1", dict.fromkeys(report.SETTINGS, right))
-    study.main(["--study=small", f"--out={tmp_path}", "--make=false", "--seeds=[1]"])
+    study.main(["--study=made_up", f"--out={tmp_path}", "--make=false", "--seeds=[1]"])
     cell = json.loads((tmp_path / "study.json").read_text())["rows"][1]["settings"]["S"]
     assert cell["std"] is None and cell["lead"]["p"] == pytest.approx(binomtest(12, 22).pvalue)
 
@@ -76,7 +81,7 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
     (tmp_path / "theirs-1/checkpoint-00000004").mkdir(parents=True)
     monkeypatch.setattr(study, "spawn", pretend)
     with pytest.raises(FileNotFoundError):  # nothing was really run
-        study.main(["--study=small", f"--out={tmp_path}", "--seeds=[1, 2]", "--jobs=2", "--options=--device=cpu"])
+        study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1, 2]", "--jobs=2", "--options=--device=cpu"])
     theirs = ["train.py", "config/baseline_tiny.py", "--beta=0.5"]
     score = '--tasks=["topic_cloze"]'
     assert sorted(done) == sorted([
@@ -90,7 +95,7 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
 def test_a_failed_run_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "commands", lambda run, seed, c: [[sys.executable, "-c", "raise SystemExit('oh no')"]])
     with pytest.raises(SystemExit, match=r"ours-1.txt: says why this failed"):
-        study.main(["--study=small", f"--out={tmp_path}", "--seeds=[1]"])
+        study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]"])
     assert "oh no" in (tmp_path / "ours-1.txt").read_text()
 
 
@@ -102,10 +107,56 @@ def test_bad_settings(line, message):
         study.main([line])
 
 
-def test_every_command_is_sound():
-    """The tiny study's train.py commands configure: their files are there, their keys exist."""
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_every_command_is_sound(name):
+    """The studies' commands configure: their files are there, their keys exist; pictures are of runs that there are."""
+    import analyze
+    import evaluate
     import train
     from configurator import configure
-    for _, command in study.STUDIES["tiny"].values():
+    known = study.STUDIES[name]
+    for _, command in known["runs"].values():
         settings, _ = configure(train.DEFAULTS, command.split(), train.complete_stages)
-        assert settings["demo"] == "data/demo"
+        assert settings["demo"] == "data/demo" or settings["speech"] == ["data/small/train"]
+    settings, _ = configure(evaluate.DEFAULTS, shlex.split(known["evaluate"]))
+    assert "topic_cloze" in settings["tasks"] and set(settings["tasks"]) <= set(evaluate.TASKS)
+    for command in known["pictures"]:
+        task, *options = shlex.split(command.format(**{run: run for run in known["runs"]}))
+        assert task in analyze.COMMANDS
+        configure(analyze.DEFAULTS, options)
+
+
+def test_pictures_of_runs_that_are_there(tmp_path, monkeypatch, capsys):
+    finish(tmp_path / "ours-1", dict.fromkeys(report.SETTINGS, np.ones(5)))
+    called = []
+    monkeypatch.setattr(study.subprocess, "run", lambda command, check: called.append(command[1:]))
+    study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]", "--make=false", "--pictures=true"])
+    assert called == [["analyze.py", "weights", f"--checkpoint={tmp_path}/ours-1", f"--out={tmp_path}/pictures"]]
+    assert "left out, for run 'no' is not there" in capsys.readouterr().out
+
+
+def test_equal_tokens_and_equal_compute():
+    """What the small study calls as many tokens or as much compute is so, to one percent."""
+    import model
+    import train
+    from configurator import configure
+
+    def cost(run):  # (tokens, FLOPs); interleaved sequences by their usual shares of 29% text and 69% units
+        c, _ = configure(train.DEFAULTS, study.STUDIES["small"]["runs"][run][1].split(), train.complete_stages)
+        shape = {f.name: c[f.name] for f in dataclasses.fields(model.Config) if f.name in c}
+        config = model.Config(**shape | dict(vocab_size=49152, n_units=500))
+        tokens = flops = 0
+        for stage in c["stages"].values():
+            tokens += stage["steps"] * c["batch_tokens"]
+            for kind, parts in stage["mixture"].items():
+                n = stage["steps"] * c["batch_tokens"] * parts / sum(stage["mixture"].values())
+                rows = n / c["sequence_length"]
+                scored = dict(text=(rows, n, 0), speech=(0, 0, n), interleaved=(0, 0.29 * n, 0.69 * n))[kind]
+                backbone, new = model.forward_flops(config, rows, c["sequence_length"], *scored)
+                flops += backbone * (2 if stage["train"] == "new" else 3) + new * 3
+        return tokens, flops
+
+    costs = {run: cost(run) for run in ("smoltolk", "baseline", "equal_flops", "smoltolk_300m", "baseline_300m")}
+    assert costs["smoltolk"][0] == costs["baseline"][0] >= 100e6
+    assert costs["smoltolk_300m"][0] == costs["baseline_300m"][0] >= 300e6
+    assert costs["equal_flops"][1] == pytest.approx(costs["smoltolk"][1], rel=0.01)

@@ -1,0 +1,3 @@
+# Table 2, "-Residual".
+base = "train_small.py"
+residual = False
