@@ -416,7 +416,8 @@ def fit_mel_units(recordings, k, seed, sample=30000, iterations=25, voices=(), d
     distortion = squared_distances(frames, centroids).min(1).mean()
     codebook = Codebook(centroids, PENALTY * float(distortion), vocabulary_hash(centroids))
     mean_voice = tuple(np.mean(voices, 0).astype(float).round(4).tolist()) if len(voices) else ()
-    return codebook._replace(durations=unit_durations(recordings[:durations_on], codebook), voice=mean_voice)
+    durations = run_lengths([frame_units(frames, codebook) for frames in recordings[:durations_on]], k)
+    return codebook._replace(durations=durations, voice=mean_voice)
 
 
 def voice(waveform):
@@ -425,13 +426,13 @@ def voice(waveform):
     return loud_mean(mel, mel)
 
 
-def unit_durations(recordings, codebook):
+def run_lengths(frame_ids, k):
     """Mean length in unit frames of the runs of each unit, a tuple [k]; 1 for a unit that does not occur."""
-    total, runs = np.zeros(codebook.n_units), np.zeros(codebook.n_units)
-    for frames in recordings:
-        ids, frame_start = collapse(frame_units(frames, codebook))
-        total += np.bincount(ids, np.diff(np.append(frame_start, len(frames) // (HOP // STEP))), codebook.n_units)
-        runs += np.bincount(ids, minlength=codebook.n_units)
+    total, runs = np.zeros(k), np.zeros(k)
+    for frames in frame_ids:
+        ids, frame_start = collapse(frames)
+        total += np.bincount(ids, np.diff(np.append(frame_start, len(frames))), k)
+        runs += np.bincount(ids, minlength=k)
     return tuple(np.maximum(total / np.maximum(runs, 1), 1).round(3).tolist())
 
 
@@ -698,6 +699,7 @@ class WhisperUnits(NamedTuple):
     centroids: object  # tensor float32 [k, d] on the weights' device
     penalty: float  # as a Codebook's
     hash: str
+    sound: Codebook | None = None  # the mean mel features of each unit: to speak with, where there is no vocoder
 
     n_units = property(lambda self: len(self.centroids))
     rate = UNIT_RATE
@@ -740,8 +742,8 @@ def load_whisper(folder, layer, device="cpu"):
 def load_whisper_units(folder, device="cpu"):
     """
     The Whisper vocabulary in a folder, as save_whisper_units() writes it: units.json {kind: "whisper", model: folder of
-    a Whisper, relative to this one or absolute, layer, penalty, n_units, rate, hash}, centroids.npy [n_units, d].
-    ValueError (one line) for a damaged folder.
+    a Whisper, relative to this one or absolute, layer, penalty, n_units, rate, hash}, centroids.npy [n_units, d], and
+    sound/, a folder of mel units, one for each. ValueError (one line) for a damaged folder.
     """
     import torch
 
@@ -753,7 +755,12 @@ def load_whisper_units(folder, device="cpu"):
     penalty = about.get("penalty")
     if type(penalty) not in (int, float) or not 0 <= penalty <= 1e9:
         raise ValueError(f"{folder}: penalty in units.json is {reprlib.repr(penalty)}; fit the units again")
-    return vocabulary._replace(centroids=torch.from_numpy(centroids).to(device), penalty=penalty, hash=about["hash"])
+    path = os.path.join(folder, "sound")
+    sound = load_mel_units(path) if os.path.isdir(path) else None
+    if sound and sound.n_units != len(centroids):
+        raise ValueError(f"{path}: {sound.n_units} units, not {len(centroids)}; fit the units again")
+    return vocabulary._replace(centroids=torch.from_numpy(centroids).to(device), penalty=penalty, hash=about["hash"],
+                               sound=sound)
 
 
 def model_folder(folder, about):
@@ -764,8 +771,10 @@ def model_folder(folder, about):
 
 
 def save_whisper_units(folder, model, vocabulary):
-    """Writes centroids.npy and units.json into a new or existing folder. model: the folder of the Whisper."""
+    """Writes centroids.npy, units.json and sound/ into a new or existing folder. model: the folder of the Whisper."""
     os.makedirs(folder, exist_ok=True)
+    if vocabulary.sound:
+        save_mel_units(os.path.join(folder, "sound"), vocabulary.sound)
     np.save(os.path.join(folder, "centroids.npy"), vocabulary.centroids.cpu().numpy())
     about = dict(kind="whisper", n_units=vocabulary.n_units, rate=UNIT_RATE, sample_rate=SAMPLE_RATE,
                  model=os.path.relpath(os.path.realpath(model), os.path.realpath(folder)), layer=vocabulary.layer,
@@ -823,8 +832,8 @@ def whisper_frames(waveform, vocabulary):
     return torch.cat(pieces) if pieces else torch.zeros(0, d)
 
 
-def fit_whisper_units(recordings, k, seed, vocabulary, sample=100_000, iterations=25):
-    """A vocabulary of k units. recordings: list of whisper_frames(); vocabulary: from load_whisper()."""
+def fit_whisper_units(recordings, waveforms, k, seed, vocabulary, sample=100_000, iterations=25):
+    """A vocabulary of k units. recordings: whisper_frames() of each waveform; vocabulary: from load_whisper()."""
     import torch
 
     frames = torch.cat(recordings).cpu().numpy()
@@ -833,7 +842,20 @@ def fit_whisper_units(recordings, k, seed, vocabulary, sample=100_000, iteration
     centroids = kmeans(frames, k, rng, iterations)
     penalty = WHISPER_PENALTY * float(squared_distances(frames, centroids).min(1).mean())
     tensor = torch.from_numpy(centroids).to(vocabulary.centroids.device)
-    return vocabulary._replace(centroids=tensor, penalty=penalty, hash=vocabulary_hash(centroids))
+    fitted = vocabulary._replace(centroids=tensor, penalty=penalty, hash=vocabulary_hash(centroids))
+    ids = [whisper_frame_units(frames, fitted) for frames in recordings]
+    return fitted._replace(sound=sound_of_units(ids, waveforms, k))
+
+
+def sound_of_units(frame_ids, waveforms, k):
+    """A Codebook with the mean mel features of any units. frame_ids: the unit of each frame of each waveform."""
+    sums, counts = np.zeros((k, 2 * N_CEPSTRUM)), np.zeros((k, 1))
+    for ids, waveform in zip(frame_ids, waveforms):
+        np.add.at(sums, ids, mel_frames(waveform)[HOP // STEP // 2::HOP // STEP][:len(ids)])
+        np.add.at(counts, ids, 1)
+    centroids = (sums / np.maximum(counts, 1)).astype(np.float32)
+    mean_voice = np.mean([voice(waveform) for waveform in waveforms], 0).astype(float).round(4)
+    return Codebook(centroids, 0.0, vocabulary_hash(centroids), run_lengths(frame_ids, k), tuple(mean_voice.tolist()))
 
 
 def whisper_frame_units(frames, vocabulary):
@@ -887,7 +909,7 @@ def n_frames(n_samples, vocabulary):
 
 def resynthesise(ids, vocabulary, vocoder=None, durations=None):
     """
-    Units without repeats [n] to a float32 waveform at 16 kHz: mel units by Griffin-Lim, others by a vocoder.
+    Units without repeats [n] to a float32 waveform at 16 kHz: mel and Whisper units by Griffin-Lim, or by a vocoder.
 
     vocoder: from load_vocoder; durations: frames of each unit, int [n], otherwise what is usual for it.
     Raises ValueError for ids outside the vocabulary, a missing vocoder, or one that was made for other units.
@@ -900,14 +922,15 @@ def resynthesise(ids, vocabulary, vocoder=None, durations=None):
         durations = np.asarray(durations, np.int64)
         if durations.shape != ids.shape or (durations < 1).any():
             raise ValueError(f"{len(ids)} units need as many durations of at least one frame")
-    if vocoder is None and not isinstance(vocabulary, Codebook):
+    book = vocabulary if isinstance(vocabulary, Codebook) else getattr(vocabulary, "sound", None)
+    if vocoder is None and book is None:
         raise ValueError("HuBERT units need a vocoder: convert one with convert.py, and load it with load_vocoder")
     if vocoder is not None and (vocoder.n_units, vocoder.hop) != (vocabulary.n_units, SAMPLE_RATE // vocabulary.rate):
         raise ValueError(f"the vocoder speaks {vocoder.n_units} units of {vocoder.hop} samples, the vocabulary has "
                          f"{vocabulary.n_units} of {SAMPLE_RATE // vocabulary.rate}")
     if len(ids) == 0:
         return np.zeros(0, np.float32)
-    return speak_mel_units(ids, vocabulary, durations) if vocoder is None else vocode(ids, vocoder, durations)
+    return speak_mel_units(ids, book, durations) if vocoder is None else vocode(ids, vocoder, durations)
 
 
 def speak_mel_units(ids, codebook, durations=None):

@@ -74,7 +74,7 @@ def make(source, out):
     counts = {}
     with whole_folder(Path(out)) as folder:
         for text in find(Path(source)):
-            name = "-".join(re.findall("[a-z0-9]+", text.lower())[:4])
+            name = "-".join(re.findall("[a-z0-9]+", text.lower())[:4])[:60]
             if name in counts:
                 name += f"-{len(counts)}"
             (folder / f"{name}.txt").write_text(text)

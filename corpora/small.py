@@ -86,14 +86,15 @@ def purity(units, phones):
 
 def candidates(c):
     """name: (features of a waveform, fit, units of frames, save), for mel units and each layer of Whisper."""
-    def mel_fit(frames, voices):
+    def mel_fit(frames, waveforms):
+        voices = [speech.voice(waveform) for waveform in waveforms]
         return speech.fit_mel_units(frames, c["n_units"], c["seed"], sample=100_000, voices=voices)
     out = {"mel": (speech.mel_frames, mel_fit, speech.frame_units, speech.save_mel_units)}
     for layer in c["layers"]:
         whisper = speech.load_whisper(c["whisper"], layer)
         out[f"whisper layer {layer}"] = (
             functools.partial(speech.whisper_frames, vocabulary=whisper),
-            lambda frames, voices, w=whisper: speech.fit_whisper_units(frames, c["n_units"], c["seed"], w),
+            functools.partial(speech.fit_whisper_units, k=c["n_units"], seed=c["seed"], vocabulary=whisper),
             speech.whisper_frame_units,
             lambda folder, vocabulary: speech.save_whisper_units(folder, c["whisper"], vocabulary))
     return out
@@ -116,7 +117,7 @@ def choose_units(c):
     phones, figures, vocabularies = sum((its for _, its in judged), []), {}, {}
     for name, (features, fit, frame_units, save) in candidates(c).items():
         vocabulary = fit([features(x) for x, _ in tqdm(fitted, desc=name, disable=None)],
-                         [speech.voice(x) for x, _ in fitted])
+                         [x for x, _ in fitted])
         units = [frame_units(features(x), vocabulary) for x, _ in judged]
         runs = sum(len(speech.collapse(x)[0]) for x in units)
         figures[name] = purity(np.concatenate(units), phones) | dict(units_a_second=25 * runs / len(phones))

@@ -819,7 +819,8 @@ def whisper_units():
                                                             num_mel_bins=80)))
         encoder = {f"encoder.{name}": tensor for name, tensor in small_encoder(d=64, layers=1).state_dict().items()}
         save_file(encoder, folder / "model.safetensors")
-        vocabulary = speech.fit_whisper_units([torch.from_numpy(rng.standard_normal((50, 64)).astype("f4"))], 4, 0,
+        frames = torch.from_numpy(rng.standard_normal((50, 64)).astype("f4"))
+        vocabulary = speech.fit_whisper_units([frames], [np.ones(32000, np.float32)], 4, 0,
                                               speech.load_whisper(folder, 1))
         speech.save_whisper_units(folder / "units", folder, vocabulary)
 

@@ -70,8 +70,9 @@ def test_long_recordings_meet_in_the_margins_and_short_ones_have_n_frames(folder
 
 def test_units_are_fitted_saved_and_read(folder, tmp_path):
     vocabulary = speech.load_whisper(folder, 2)
-    frames = [speech.whisper_frames(sound(4, seed), vocabulary) for seed in range(3)]
-    fitted = speech.fit_whisper_units(frames, 8, 0, vocabulary)
+    waveforms = [sound(4, seed) for seed in range(3)]
+    frames = [speech.whisper_frames(waveform, vocabulary) for waveform in waveforms]
+    fitted = speech.fit_whisper_units(frames, waveforms, 8, 0, vocabulary)
     speech.save_whisper_units(tmp_path / "units", folder, fitted)
     again = speech.load_units(tmp_path / "units")
     assert again.hash == fitted.hash and again.n_units == 8 and again.rate == 25
@@ -138,3 +139,22 @@ def test_damaged_files_are_named(theirs, folder, tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="layer is 4, this Whisper has 1 to 3"):
         speech.load_whisper(folder, 4)
+
+
+def test_units_are_spoken_by_their_mean_sound(folder, tmp_path):
+    """Noise and a tone, told apart: what is spoken again sounds like the one or the other."""
+    vocabulary = speech.load_whisper(folder, 2)
+    rng, t = np.random.default_rng(0), np.arange(32000) / 16000
+    tone, noise = 0.3 * np.sin(2 * np.pi * 440 * t).astype("f4"), 0.1 * rng.standard_normal(32000).astype("f4")
+    ids = [np.zeros(50, np.int64), np.ones(50, np.int64)]
+    book = speech.sound_of_units(ids, [tone, noise], 3)
+    assert book.durations == (50.0, 50.0, 1.0) and not book.centroids[2].any()
+    for unit, waveform in enumerate((tone, noise)):
+        assert np.allclose(book.centroids[unit], speech.mel_frames(waveform)[2::4].mean(0), atol=1e-5)
+    whisper = vocabulary._replace(centroids=torch.zeros(3, 128), sound=book, hash=speech.vocabulary_hash(
+        np.zeros((3, 128), np.float32)))
+    assert len(speech.resynthesise([0, 1], whisper)) == 2 * 50 * 640
+    speech.save_whisper_units(tmp_path / "units", folder, whisper)
+    assert np.array_equal(speech.load_units(tmp_path / "units").sound.centroids, book.centroids)
+    with pytest.raises(ValueError, match="need a vocoder"):
+        speech.resynthesise([0, 1], whisper._replace(sound=None))
