@@ -767,7 +767,7 @@ def model_folder(folder, about):
     """The folder of the model that units.json names; ValueError if it names none."""
     if not isinstance(about.get("model"), str) or not about["model"].isprintable() or len(about["model"]) > 1000:
         raise ValueError(f"{folder}: model in units.json is no folder")
-    return os.path.normpath(os.path.join(folder, about["model"]))
+    return os.path.normpath(os.path.join(os.path.realpath(folder), about["model"]))
 
 
 def save_whisper_units(folder, model, vocabulary):
