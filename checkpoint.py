@@ -210,7 +210,7 @@ def resume_command(argv):
     """What to type to go on with a run that was started with argv."""
     words = [sys.argv[0], *(arg for arg in argv if not arg.startswith("--resume=")), "--resume=true"]
     local, nodes = (os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
-    start = f"torchrun --nproc_per_node={local}" if local else "python"
+    start = f"{os.environ.get('LAUNCHER', 'torchrun')} --nproc_per_node={local}" if local else "python"
     if nodes not in ("", "1"):
         start += f" --nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
     return " ".join([start, *map(shlex.quote, words)])

@@ -5,6 +5,7 @@ SMOLTOLK_KILLS=200 python -m pytest tests/test_crash.py -k again      more kills
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -92,7 +93,7 @@ def hit(function, n, what):
 class Started:
     """The processes of a run."""
 
-    def __init__(self, argv, said, hits=None, processes=1, ids=""):
+    def __init__(self, argv, said, hits=None, processes=1, ids="", **more):
         hits = hits if isinstance(hits, list) else [hits or {}] * processes
         port, self.said = str(free_port()), Path(said)
         self.said.touch()  # a process may be killed before it opens it
@@ -100,7 +101,7 @@ class Started:
         self.all = []
         for rank in range(processes):
             env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=port) if processes > 1 else {}
+                       MASTER_PORT=port, **more) if processes > 1 else {}
             args = argv[rank] if isinstance(argv[0], list) else argv
             self.all.append(FORK.Process(target=child, args=(args, str(said), hits[rank], env, ids), daemon=True))
             self.all[-1].start()
@@ -119,8 +120,8 @@ class Started:
 
 
 def start(demo_folder, out, hits=None, processes=1, ids="", **more):
-    more.setdefault("keep_checkpoints", 2)
-    argv = arguments(demo_folder, out, log_interval=2, **{"resume": len(checkpoint.checkpoints(out)) > 0} | more)
+    usual = dict(log_interval=2, keep_checkpoints=2, eval_cloze_items=2)  # all items are most of a run's time
+    argv = arguments(demo_folder, out, **usual | {"resume": len(checkpoint.checkpoints(out)) > 0} | more)
     return Started(argv, out.with_suffix(".said"), hits, processes, ids)
 
 
@@ -191,9 +192,9 @@ def test_killed_on_two_processes_goes_on_on_one_and_on_four(whole, demo_folder, 
 
     codes, said = start(demo_folder, tmp_path / "all", ids=str(tmp_path / "all.ids")).end()
     assert codes == [0], said
-    first = start(demo_folder, tmp_path / "two", {"train.train_step": (8, signal.SIGKILL)}, 2,
+    first = start(demo_folder, tmp_path / "two", {"train.write_state": (3, signal.SIGKILL)}, 2,
                   str(tmp_path / "two.ids"), micro_batch=4)
-    assert first.end()[0] == [-signal.SIGKILL] * 2
+    assert first.end()[0] == [-signal.SIGKILL, 1]
     assert [f.name for f in checkpoint.checkpoints(tmp_path / "two")] == ["checkpoint-00000004", "checkpoint-00000005"]
     for n in (1, 4):
         out = tmp_path / f"on{n}"
@@ -344,7 +345,7 @@ def test_going_on_with_other_data(whole, demo_folder, tmp_path):
     codes, said = start(moved, out, eval_cloze_items=50).end()
     assert codes == [0], said
     changed = [x["changed"] for x in log.read_log(out) if "changed" in x]
-    assert len(changed) == 1 and changed[0]["eval_cloze_items"] == [100, 50] and "text" in changed[0]
+    assert len(changed) == 1 and changed[0]["eval_cloze_items"] == [2, 50] and "text" in changed[0]
     assert left(out)["checkpoint-00000017/model.safetensors"] == whole[1]["checkpoint-00000017/model.safetensors"]
 
     out = copy_until(whole[0], tmp_path / "other", 15)
@@ -430,6 +431,20 @@ def test_a_process_that_dies_ends_all(demo_folder, tmp_path):
     assert codes == [1, 1] and "OSError: here" in said
 
 
+def test_a_process_that_dies_before_all_have_met_ends_all(demo_folder, tmp_path):
+    """Killed before it comes, when it has come to the store (which the first holds), and before it connects to all."""
+    groups, points = [], ("dist.rendezvous", "dist.init_process_group", "dist.distributed_c10d.ProcessGroupGloo")
+    for point, dies in itertools.product(points, (0, 2)):
+        out, hits = tmp_path / f"{len(groups)}", [{}, {}, {}]
+        hits[dies] = {f"evaluate.{point}": (1, signal.SIGKILL)}
+        groups.append((dies, Started(arguments(demo_folder, out), out.with_suffix(".said"), hits, 3,
+                                     SMOLTOLK_MEET_SECONDS="4")))
+    for dies, group in groups:
+        codes, said = group.end(60)
+        assert codes == [-signal.SIGKILL if rank == dies else 1 for rank in range(3)], said
+        assert said.count("the 3 processes have not met at 127.0.0.1:") == 2 and "start all again" in said, said
+
+
 def test_all_processes_must_be_started_alike(demo_folder, tmp_path):
     argv = [arguments(demo_folder, tmp_path / "out", **more) for more in ({}, dict(seed=2, beta=0.1))]
     codes, said = Started(argv, tmp_path / "said", None, 2).end()
@@ -437,12 +452,60 @@ def test_all_processes_must_be_started_alike(demo_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_all_processes_must_have_the_same_code(demo_folder, tmp_path):
+    """A comment more in model.py is enough: nothing else here would show that a machine has an older copy."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "model.py").write_text((ROOT / "model.py").read_text() + "# another\n")
+    argv, both = arguments(demo_folder, tmp_path / "out"), []
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
+    for rank, folder in enumerate((ROOT, tmp_path)):
+        both.append(subprocess.Popen([sys.executable, folder / "train.py", *argv], env=env | dict(RANK=str(rank)),
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = "".join(process.communicate(timeout=100)[0] for process in both)
+    assert [process.returncode for process in both] == [1, 1] and not (tmp_path / "out").exists(), said
+    ours, theirs = (checkpoint.digest(folder / "model.py")[:16] for folder in (ROOT, tmp_path))
+    assert f"rank 1: model.py is {theirs!r}, on rank 0 {ours!r}; start all processes with the same" in said
+
+
+@pytest.mark.parametrize("number, all_of_them", [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
+def test_a_signal_to_the_launcher(demo_folder, tmp_path, number, all_of_them):
+    """To it alone, as Slurm does; or to its process group and all that it has started, as a machine that shuts down."""
+    out, port = tmp_path / "out", free_port()
+    stages = dict(s=dict(steps=9999, mixture=dict(text=1), train="all", learning_rate=1e-3))
+    start = [ROOT / "launch.py", "--nproc_per_node=2", f"--master_port={port}", ROOT / "train.py"]
+    argv = arguments(demo_folder, out, stages=stages, cloze="", eval_interval=9999, checkpoint_interval=9999)
+    deadline, children = time.monotonic() + 100, []
+    with open(tmp_path / "said", "w+") as said:
+        process = subprocess.Popen([sys.executable, *start, *argv], stdout=said, stderr=subprocess.STDOUT,
+                                   start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        try:
+            while (not (out / "log.jsonl").exists() or len(log.read_log(out)) < 3) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            [listed] = Path(f"/proc/{process.pid}/task").glob(f"{process.pid}/children")
+            children = [int(pid) for pid in listed.read_text().split()]
+            os.killpg(process.pid, number) if all_of_them else os.kill(process.pid, number)
+            for pid in children if all_of_them else ():
+                os.kill(pid, number)
+            code = process.wait(60)
+        finally:
+            for pid in [process.pid, *children] if process.poll() is None else ():
+                os.kill(pid, signal.SIGKILL)
+        said.seek(0)
+        said = said.read()
+    last = checkpoint.checkpoints(out)[-1]
+    assert code == 0 and f"{number.name}: stopped after step {int(last.name[11:])}; go on with\n" in said, said
+    assert said.split("\n  ")[-1].startswith(f"python {ROOT}/launch.py --nproc_per_node=2 {ROOT}/train.py --out_dir=")
+    assert len(children) == 2 and not checkpoint.fault(last)
+    checkpoint.lock(out).close()  # none of them trains on
+
+
 def test_two_nodes_and_a_restart_by_torchrun(demo_folder, tmp_path):
     """Two torchruns; the process that holds the lock is killed; they start all again, which goes on by itself."""
     out, port = tmp_path / "out", free_port()
     stages = dict(s=dict(steps=60, mixture=dict(text=1, speech=1), train="all", learning_rate=1e-3))
     argv = arguments(demo_folder, out, stages=stages, eval_interval=1000, log_interval=60)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
+    command = [sys.executable, str(ROOT / "launch.py"), "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
                "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=x",
                "--rdzv_conf=join_timeout=60", "--local_addr=127.0.0.1",
                str(ROOT / "train.py"), *argv]
@@ -488,13 +551,17 @@ def test_which_checkpoints_stay(tmp_path):
     assert [int(f.name[11:]) for f in checkpoint.checkpoints(tmp_path)] == [30, 60, 90, 95, 100]
 
 
-def test_a_write_does_not_hold_training_and_the_next_one_waits():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))])
+def test_a_write_does_not_hold_training_and_the_next_one_waits(device):
     writer, go, seen = checkpoint.Writer(), threading.Event(), []
 
     def write(copies):
         go.wait(60)
         seen.append(copies["a"].tolist())
-    a = torch.ones(2)
+    a = torch.ones(2, device=device)
+    if device == "cuda":
+        torch.cuda._sleep(10**9)  # the copy is queued behind it, and the change below behind the copy
     writer.start("one", dict(a=a), write)
     a += 1  # as the optimizer does while the writer is busy
     assert seen == []
