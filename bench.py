@@ -5,16 +5,17 @@ How fast is it here? Training steps, scoring, generation, the data path, checkpo
     python bench.py config/train_150m.py --what=train --micro_batches=4                  a GPU: 4 x 16 sequences a step
     python bench.py config/train_150m.py --what=train --pair="residual=false beta=0.1"   A B A B, and B's rate over A's
     python bench.py config/train_2b.py --what=memory --micro_batch=8                     does it fit? By arithmetic
-    torchrun --nproc_per_node=2 bench.py config/train_150m.py --what=train               the processes of a real run
+    torchrun --nproc_per_node=2 bench.py config/train_150m.py --what=train,ddp           the processes of a real run
 
 Settings: train.py's (the config file's, --key=value) and the ones below. Nothing need be on disk: data is a random
 paired set of natural shape (1.3 tokens and 5 units a word), weights are random in the shape that the config names.
 
     train       a step is forward, backward, clipping and AdamW, by train.train_step on batches of train.step_batches:
                 for each kind of sequence, mixed as in the last stage, and for stage 1 (frozen backbone)
+    ddp         under torchrun, for each stage: steps with and without the sum of gradients over processes, what is sent
     score       pairs of sentences with a common beginning: together, and one sequence at a time
     generate    100 tokens after a prompt of 100, greedy: over caches, and reading all again for each; the bound is
-                weights read once a token at the memory's measured rate
+                the backbone's weights read once a token at the memory's measured rate
     data        batches of interleaved sequences and of the mixture, one process; opening a set of 10 billion tokens
                 (a sparse file: zeros that take no room, so this times maps and checks, not a disk)
     checkpoint  how long training is held up, how long till all is on disk, steps beside it
@@ -47,6 +48,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import checkpoint
 import data
@@ -56,7 +58,7 @@ import sample
 import train
 from configurator import apply_override, configure
 
-what = "train,score,generate,data,checkpoint"  # and memory
+what = "train,score,generate,data,checkpoint"  # and ddp, memory
 steps = 3                    # timed repetitions
 warmup = 1                   # untimed ones before
 micro_batches = 1            # forward passes of a process in one step; batch_tokens follows
@@ -195,14 +197,15 @@ def build_model(c, world):
 # training steps
 
 def ours(c, world, stage):
-    """(model, optimizer, a function that takes one step on a list of data.Batch)."""
+    """(model, optimizer, what a step calls, a function that takes one step on a list of data.Batch)."""
     model = build_model(c, world)
     train.set_trainable(model, stage["train"])
     optimizer, runner = train.make_optimizer(model, c, world.device), train.make_runner(model, c, world)
     autocast = half(c, world)
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
-    return model, optimizer, lambda batches: train.train_step(runner, optimizer, batches, c, world, autocast)
+    return model, optimizer, runner, lambda batches, runner=runner: train.train_step(runner, optimizer, batches, c,
+                                                                                      world, autocast)
 
 
 def half(c, world):
@@ -292,7 +295,7 @@ def bench_train(c, world, folder, other=None):
             if key not in models:
                 models = {k: m for k, m in models.items() if k[0] != name}  # one model of a side at a time
                 models[key] = ours(settings, world, stage)
-            model, _, step = models[key]
+            model, *_, step = models[key]
             config = model.config
             sources = dict.fromkeys(stage["mixture"], data.open_source("interleaved", [folder], length=0))
             batches = draw_batches(settings, world, stage, config, sources)
@@ -324,6 +327,42 @@ def trace(side, c, world):
     cost = "self_device_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
     events = sorted(profiled.key_averages(), key=lambda e: -getattr(e, cost))[:10]
     return [[e.key, getattr(e, cost) / 1e3] for e in events]
+
+
+def bench_ddp(c, world, folder):
+    """Of each stage: what DistributedDataParallel sends in a step, seen by its communication hook, and what it costs.
+
+    Timed in turn: a step; the sums alone, of the same buckets; a step without them. The share of the sums' time by
+    which a step does not get longer is hidden behind the backward pass, in which the first starts so long before the
+    last.
+    """
+    table, sent = {}, []
+
+    def note(group, bucket):
+        sent.append((time.perf_counter(), bucket.index(), bucket.buffer(), sum(p.numel() for p in bucket.parameters())))
+        return allreduce_hook(group, bucket)
+
+    def sums_alone(_):
+        for work in [dist.all_reduce(buffer, async_op=True) for *_, buffer, _ in sent]:
+            work.wait()
+
+    for name, stage in c.stages.items():
+        model, _, runner, step = ours(c, world, stage)
+        runner.register_comm_hook(None, note)
+        sources = dict.fromkeys(stage["mixture"], data.open_source("interleaved", [folder], length=0))
+        steps = draw_batches(c, world, stage, model.config, sources)[:1], 0
+        runs = dict(step=lambda batches, step=step: (sent.clear(), step(batches)), sums_alone=sums_alone,
+                    step_unsummed=lambda batches, step=step, runner=runner: step(batches, runner.module))
+        seconds = {key: r["seconds"] for key, r in
+                   time_steps({key: (run, *steps) for key, run in runs.items()}, c, world).items()}
+        hidden = 1 - (seconds["step"] - seconds["step_unsummed"]) / seconds["sums_alone"]
+        began, indices, buffers, sizes = zip(*sent)
+        table |= {f"{name}_{key}_seconds": value for key, value in seconds.items()}
+        table |= {f"{name}_first_before_last_seconds": began[-1] - began[0], f"{name}_hidden": hidden,
+                  f"{name}_sent_bytes": sum(b.nbytes for b in buffers),
+                  f"{name}_all_reduces": len(sent), f"{name}_buckets": len(set(indices)),
+                  f"{name}_parameters": sum(sizes)}
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,8 +401,7 @@ def bench_generate(c, world, folder):
     whole, first = (median_seconds(lambda n=n: make(n), world.device, c.steps) for n in (NEW, 1))
     lengths = (PROMPT, PROMPT + NEW // 2, PROMPT + NEW)
     uncached = statistics.mean(median_seconds(again(n), world.device, c.steps) for n in lengths)
-    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters())
-    weights -= model.speech_embed.weight.numel() * model.speech_embed.weight.element_size()  # a row of it, at most
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if not smoltolk.is_new(n))
     bound = read_rate(world.device) / weights
     decode = (NEW - 1) / (whole - first)
     return dict(tokens_per_second=NEW / whole, uncached_per_second=1 / uncached, ratio=NEW / whole * uncached,
@@ -400,7 +438,7 @@ def bench_data(c, world, folder):
 def bench_checkpoint(c, world, folder):
     """Seconds that the training thread is held, till all is on disk, and of a step alone and beside the writing."""
     stage = list(c.stages.values())[-1] | dict(mixture={"text": 1}, train="all")
-    model, optimizer, step = ours(c, world, stage)
+    model, optimizer, _, step = ours(c, world, stage)
     [batches, *_] = draw_batches(c, world, stage, model.config, {"text": data.open_source("text", [folder])})
     alone = median_seconds(lambda: step(batches), world.device, c.steps)  # makes the optimizer's state, too
     if world.rank != 0:
@@ -445,9 +483,11 @@ def bench_memory(c, world, folder=None):
     with FakeTensorMode(), half(c, evaluate.ALONE), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         model = train.build_model(c, NO_TOKENIZER)
         own |= {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
+        model.apply(lambda module: setattr(module, "recompute", c.recompute))
+        runner = torch.compile(model, backend="aot_eager_decomp_partition") if c.compile else model
         ids = torch.zeros(rows, c.sequence_length + 1, dtype=torch.long)
         text = positions * 4 // 9  # all of a third, and a third of the interleaved third
-        model(ids[:, :-1], ids[:, 1:], rows // 3, counts=(text, positions - text, positions // 32))
+        runner(ids[:, :-1], ids[:, 1:], rows // 3, counts=(text, positions - text, positions // 32))
     parameters = sum(p.numel() for p in model.parameters())
     parts = dict(states=16 * parameters, activations=sum(storage.nbytes() for storage in saved.values()),
                  logits=12 * min(smoltolk.LOGITS_AT_ONCE, text * c.vocab_size))
@@ -457,7 +497,7 @@ def bench_memory(c, world, folder=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 PARTS = dict(train=bench_train, score=bench_score, generate=bench_generate, data=bench_data,
-             checkpoint=bench_checkpoint, memory=bench_memory)
+             checkpoint=bench_checkpoint, ddp=bench_ddp, memory=bench_memory)
 UNITS = (("_bytes", 1e9, "GB"), ("bytes", 1e9, "GB"), ("states", 1e9, "GB"), ("activations", 1e9, "GB"),
          ("logits", 1e9, "GB"), ("total", 1e9, "GB"), ("parameters", 1e6, "M"), ("seconds", 1, "s"))
 
@@ -509,6 +549,8 @@ def main(argv):
         apply_override(changed, train.DEFAULTS | OWN, f"--{change}")
     train.reuse_memory()
     world = evaluate.join_world(settings["device"])
+    if "ddp" in parts and not dist.is_initialized():
+        raise SystemExit("what=ddp: one process sends nothing; start bench.py by torchrun --nproc_per_node=2")
     c = prepare(settings, name, world)
     other = prepare(changed, name, world) if settings["pair"] else None
     report = dict(settings=vars(c), machine=machine(c, world))

@@ -153,8 +153,10 @@ def meet(world):
         store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=first / 2 if world.rank else first))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, with dead addresses in it
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group("nccl" if nccl else "gloo", device_id=world.device if nccl else None, store=store,
-                                rank=world.rank, world_size=world.size, timeout=first)
+        # gloo for numbers on the CPU: no process waits for its GPU to sum them. It finds its network by the host's name
+        # alone; where that names the loopback, several machines need GLOO_SOCKET_IFNAME
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", device_id=world.device if nccl else None,
+                                store=store, rank=world.rank, world_size=world.size, timeout=first)
     except RuntimeError as error:
         raise SystemExit(f"rank {world.rank}: the {world.size} processes have not met at {os.environ['MASTER_ADDR']}:"
                          f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); see why the first of them ended,"
@@ -198,13 +200,21 @@ def same_on_all(about, world):
         raise SystemExit(1)
 
 
+def start_sum(values, world):
+    """Begin to sum numbers over all processes: a function that waits for it and gives a float64 tensor on the CPU."""
+    values = torch.as_tensor(values).cpu().double()
+    work = dist.all_reduce(values, async_op=True) if world.size > 1 else None
+
+    def finish():
+        if work:
+            work.wait()
+        return values
+    return finish
+
+
 def all_sum(values, world):
     """Sum numbers over all processes -> float64 tensor on the CPU."""
-    values = torch.as_tensor(values).cpu().double()
-    if world.size > 1:
-        values = values.to(world.device)  # nccl only reduces there
-        dist.all_reduce(values)
-    return values.cpu()
+    return start_sum(values, world)()
 
 
 def pick_device(name):

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from foreign import read_json, read_tensors
 
@@ -130,8 +131,8 @@ def rotary_table(config):
 
 
 def rotate(x, rope):
-    """x [B, T, H, head_dim], rope [2, T, head_dim] or, where rows stand at different positions, [2, B, T, head_dim]."""
-    cos, sin = rope[..., None, :].to(x.dtype)  # [(B,) T, 1, head_dim]
+    """x [B, T, H, head_dim]; rope [2, T, 1, head_dim] or, where rows stand at different positions, [2, B, T, ...]."""
+    cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -201,7 +202,7 @@ class Past(NamedTuple):
     keys: Tensor      # [B, length, H_kv, head_dim]
     values: Tensor
     slots: Tensor     # [B, T] int64, where the new keys and values go
-    mask: Tensor      # [B, T, length] bool, the slots that each new position attends to
+    mask: Tensor      # [B, 1, T, length], 0 for the slots that each new position attends to and -inf for the others
 
 
 def new_cache(model, rows, length):
@@ -216,7 +217,7 @@ def new_cache(model, rows, length):
     return Cache(*stacks, speech, torch.zeros(rows, dtype=torch.long, device=like.device))
 
 
-def look_back(cache, is_speech):
+def look_back(cache, is_speech, dtype):
     """Give new symbols, is_speech [B, T] bool, their slots [B, T] in a cache: (slots, Pasts of its three stacks)."""
     slots = cache.position[:, None] + torch.arange(is_speech.size(1), device=is_speech.device)
     cache.speech.scatter_(1, slots, is_speech)
@@ -224,6 +225,8 @@ def look_back(cache, is_speech):
     seen = slot <= own  # [B, T, length]
     start = ((slot + 1) * (seen & ~cache.speech[:, None])).amax(-1, keepdim=True)  # after the last slot without speech
     run = seen & (slot >= start) | (slot == own)  # text sees itself: of nothing some kernels make NaN
+    run, seen = (torch.zeros(mask.shape, dtype=dtype, device=slots.device).masked_fill_(~mask, -torch.inf)[:, None]
+                 for mask in (run, seen))  # once for all layers
     masks = zip(cache[:3], (run, seen, seen))
     return slots, *([Past(keys, values, slots, mask) for keys, values in stack] for stack, mask in masks)
 
@@ -236,7 +239,7 @@ def attend_past(q, k, v, past):
     # query heads that share a key head stand side by side as if they were positions, so that no key is repeated
     shared = H // k.size(2)
     q = q.unflatten(2, (-1, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H_kv, shared * T, head_dim]
-    mask = past.mask[:, None, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
+    mask = past.mask[:, :, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
     y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     return y.unflatten(2, (shared, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
@@ -289,6 +292,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    recompute = False  # train.py's setting: make what is between the products again in backward, instead of keeping it
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -296,7 +301,19 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.recompute:  # no product is made twice: checkpoint stops as soon as down_proj's input is there again
+            return checkpoint(self.down, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return self.down(gate, up)
+
+    def down(self, gate, up):
+        return self.down_proj(F.silu(gate) * up)
+
+
+def narrow(x):
+    """x as autocast's matrix products want it: cast once, where each of them would cast for itself and keep it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Layer(nn.Module):
@@ -306,8 +323,10 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(config), RMSNorm(config)
 
     def forward(self, x, rope, runs=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, runs)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if x.size(0) == 0 and not torch.is_grad_enabled():  # to train, every parameter gets a gradient, be it zero
+            return x
+        x = x + self.self_attn(narrow(self.input_layernorm(x)), rope, runs)
+        return x + self.mlp(narrow(self.post_attention_layernorm(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,16 +390,16 @@ class SmolTolk(nn.Module):
         logits        slice of positions to return the logits of the heads for, e.g. slice(-1, None)
         tree          Tree, if the rows are no plain sequences; targets are then [B, M], and text_rows is 0 or B
         cache         what stands before ids: read, and filled further, but its position is the caller's to move. It
-                      must have room for ids; text_rows must be 0
+                      must have room for ids; text_rows is 0, or B where no speech is to come: its caches get nothing
         counts        of scored text targets, scored speech targets, and (at most) runs of modality in the rows from
                       text_rows on, if known (data.Batch): then nothing has to wait for CUDA to count them
         """
         if tree is None and ids.size(1) > self.rope.size(1):
             raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
-        if cache is not None and text_rows:
-            raise ValueError(f"text_rows={text_rows}: with a cache all rows go through the speech modules")
+        if cache is not None and text_rows not in (0, len(ids)):
+            raise ValueError(f"text_rows={text_rows}: with a cache all rows go through the speech modules, or none")
         rope, *views = self.look(ids, text_rows, tree, cache, counts[2])
-        speech_rope = rope if rope.dim() == 3 else rope[:, text_rows:]
+        speech_rope = rope if rope.dim() == 4 else rope[:, text_rows:]
         z = self.embed(ids)                                   # [B, T, d]
         x = self.adapt_input(z, ids, speech_rope, text_rows, views[0])  # [B, T, d]
         hidden = [x]
@@ -412,16 +431,16 @@ class SmolTolk(nn.Module):
 
     def look(self, ids, text_rows, tree, cache, n_runs=None):
         """(rope, what each layer of the three stacks attends to: None, which is all before it, Runs or a Past)."""
-        c, is_speech = self.config, self.is_speech(ids)
+        c, is_speech, rope = self.config, self.is_speech(ids), narrow(self.rope)[:, :, None]
         if cache is not None:
-            slots, *pasts = look_back(cache, is_speech)
-            return self.rope[:, slots], *pasts
+            slots, *pasts = look_back(cache, is_speech, rope.dtype)
+            return rope[:, slots], *pasts
         if tree is not None:
             sees = tree.sees()
-            rope, seen = self.rope[:, sees.sum(-1) - 1], Runs(sees[:, None], None)
+            rope, seen = rope[:, sees.sum(-1) - 1], Runs(sees[:, None], None)
             runs = find_tree_runs(is_speech, tree, sees) if self.input_adapter and not text_rows else seen
         else:
-            rope, seen, runs = self.rope[:, :ids.size(1)], None, None
+            rope, seen, runs = rope[:, :ids.size(1)], None, None
             if self.input_adapter:
                 dtype = self.model.embed_tokens.weight.dtype
                 half = dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(ids.device.type)

@@ -78,9 +78,9 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (drawn if index is None else index.gather(-1, drawn))[:, 0]
 
 
-def step(model, ids, cache, alive, modality):
+def step(model, ids, cache, alive, modality, text_rows=0):
     """Read one symbol of each row, ids [B, 1] -> logits [B, n] of the next. Rows that are not alive [B] stay put."""
-    out = model(ids, logits=slice(None), heads=(modality,), cache=cache)
+    out = model(ids, text_rows=text_rows, logits=slice(None), heads=(modality,), cache=cache)
     cache.position.add_(alive)
     return (out.text_logits if modality == "text" else out.speech_logits)[:, -1]
 
@@ -124,8 +124,10 @@ def generate(model, openings, plan, pick, compiled=False):
             pending = torch.full_like(pending, config.switch)
         eos, first_id = (config.eos_token_id, 0) if modality == "text" else (config.n_units, config.vocab_size)
         alive, going = torch.ones_like(alive), [True] * len(openings)
+        text_rows = 0  # in a last part of text, once its opening is read, the speech modules have nothing more to do
         for _ in range(n):
-            drawn = pick(one(model, pending, cache, alive, modality))
+            drawn = pick(one(model, pending, cache, alive, modality, text_rows))
+            text_rows = len(openings) if modality == "text" and part == len(plan) - 1 else 0
             alive = alive & (drawn != eos)
             pending = torch.where(alive[:, None], drawn[:, None] + first_id, pending)
             going = [goes and symbol != eos for goes, symbol in zip(going, drawn.tolist())]

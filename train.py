@@ -39,7 +39,7 @@ import model as smoltolk
 import replay as replaying
 import report
 from configurator import configure, fit, nearest
-from evaluate import all_sum, join_world, on_first
+from evaluate import all_sum, join_world, on_first, start_sum
 from log import Log, plot_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +109,7 @@ grad_clip = 1.0
 device = "auto"             # "cuda", "cpu", "mps", or the best there is
 dtype = "auto"              # "bfloat16" (autocast) or "float32"; auto: bfloat16 where the hardware multiplies in it
 compile = False             # torch.compile
+recompute = False           # the MLPs' activations again in backward instead of keeping them: for large models
 # ---------------------------------------------------------------------------------------------------------------------
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, float, str, list, dict))
             and not k.startswith("_")}
@@ -275,6 +276,7 @@ def make_optimizer(model, c, device):
 
 def make_runner(model, c, world):
     """The model as training steps call it: compiled if asked for, and with gradients summed over processes."""
+    model.apply(lambda module: setattr(module, "recompute", c.recompute))  # MLPs look at it
     model.head_piece = torch.compile(smoltolk.head_piece) if c.compile else smoltolk.head_piece
     runner = torch.compile(model) if c.compile else model
     if dist.is_initialized():
@@ -319,8 +321,7 @@ def train_step(model, optimizer, batches, c, world, autocast, stopping=0):
     clipping. If that or a loss is not finite, neither this step nor any later one changes weights or optimizer: the
     device decides, and nobody has to wait for it until optimizer.found_inf is looked at.
     """
-    counts = all_sum([sum(b.n_text for b in batches), sum(b.n_speech for b in batches), stopping], world)
-    n_text, n_speech, _ = counts.tolist()  # of the whole step, so that the loss is one mean, however the step is cut up
+    counted = start_sum([sum(b.n_text for b in batches), sum(b.n_speech for b in batches), stopping], world)
     sums = torch.zeros(3, device=world.device)
     for i, batch in enumerate(batches):
         if dist.is_initialized():
@@ -328,6 +329,9 @@ def train_step(model, optimizer, batches, c, world, autocast, stopping=0):
         tokens = batch.tokens.to(world.device, non_blocking=True)
         with autocast:
             out = model(tokens[:, :-1], tokens[:, 1:], batch.text_rows, counts=batch[2:])
+        if i == 0:  # counts of the whole step make the loss one mean, however the step is cut up
+            counts = counted()
+            n_text, n_speech, _ = counts.tolist()
         loss = smoltolk.mean_loss(out, c.beta, n_text + n_speech, n_speech)
         # DistributedDataParallel averages over processes, this makes it a sum; and a loss of inf shows on all of them
         loss.backward(torch.where(loss.isfinite(), float(world.size), torch.nan).to(loss))
@@ -593,8 +597,8 @@ def replay_step(folder, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-FREE = set("device dtype compile micro_batch log_interval eval_interval eval_sequences eval_cloze_items keep_every "
-           "checkpoint_interval keep_checkpoints wandb_project tensorboard".split())  # may change when a run goes on
+FREE = set("device dtype compile recompute micro_batch log_interval eval_interval eval_sequences eval_cloze_items "
+           "keep_every checkpoint_interval keep_checkpoints wandb_project tensorboard".split())  # may change later
 PLACES = {*DEMO, "demo", "init_from"}  # so may these: what lies there is compared instead
 
 

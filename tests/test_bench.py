@@ -77,7 +77,7 @@ def test_the_other_parts(tmp_path, capsys, monkeypatch):
 
 def test_every_size_finds_its_shape():
     for size, millions in (("150m", 149), ("400m", 402), ("2b", 1981)):
-        argv = [f"config/train_{size}.py", "--sequence_length=64"]
+        argv = [f"config/train_{size}.py", "--sequence_length=64", "--compile=false"]
         settings, name = bench.configure(train.DEFAULTS | bench.OWN, argv, train.complete_stages)
         c = bench.prepare(settings, name, evaluate.ALONE)
         assert bench.bench_memory(c, evaluate.ALONE)["parameters"] == pytest.approx(millions * 1e6, rel=0.004)
@@ -143,7 +143,7 @@ def test_frozen_gradients_are_neither_made_nor_sent(tmp_path):
             model, sent = SmolTolk(Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                           num_attention_heads=2, num_key_value_heads=1, n_units=10)), []
             train.set_trainable(model, what)
-            runner = train.make_runner(model, SimpleNamespace(compile=False), evaluate.ALONE)
+            runner = train.make_runner(model, SimpleNamespace(compile=False, recompute=False), evaluate.ALONE)
 
             def count(_, bucket, sent=sent):
                 sent.append(bucket.buffer().nbytes)
@@ -161,8 +161,20 @@ def test_frozen_gradients_are_neither_made_nor_sent(tmp_path):
         dist.destroy_process_group()
 
 
+def test_what_is_sent_in_a_step_of_several_micro_batches(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    ddp = run(tmp_path, what="ddp", micro_batches=3, warmup=1)["ddp"]
+    text, new = count_parameters(SmolTolk(Config(**{k: v for k, v in TINY.items() if k in Config.__annotations__})))
+    for stage, parameters in (("stage1", new), ("stage2", text + new)):  # from the second step on, buckets are final
+        assert ddp[f"{stage}_sent_bytes"] == 4 * parameters and ddp[f"{stage}_parameters"] == parameters
+        assert ddp[f"{stage}_all_reduces"] == ddp[f"{stage}_buckets"]  # only the last micro-batch sends
+        for key in ("step", "step_unsummed", "sums_alone"):
+            assert ddp[f"{stage}_{key}_seconds"] > 0
+
+
 @pytest.mark.parametrize("more, message", [
     (dict(what="trian"), "what=trian: 'trian' is none of train, score"),
+    (dict(what="ddp"), "what=ddp: one process sends nothing; start bench.py by torchrun"),
     (dict(steps=0), "steps, micro_batches: give 1 or more"),
     (dict(pair="residul=false"), "no setting residul; did you mean residual"),
     (dict(hook="nowhere.py", what="train"), "nowhere.py: cannot be used .*give a file with build"),

@@ -510,7 +510,7 @@ def test_two_nodes_and_a_restart_by_torchrun(demo_folder, tmp_path):
                "--rdzv_conf=join_timeout=60", "--local_addr=127.0.0.1",
                str(ROOT / "train.py"), *argv]
     nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
              for _ in range(2)]  # without the latter torchrun's nodes may meet in two different stores after a restart
     try:
         deadline = time.monotonic() + 60

@@ -323,6 +323,31 @@ def test_compiled_in_bf16(monkeypatch):
     assert 0 < len(graphs) < 12
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_recomputing_changes_memory_alone(half):
+    """The same loss and gradients to the last bit, no matrix product more, and two activations a MLP less."""
+    results, saved = [], []
+    for recompute in (False, True):
+        m, ids, kept = make(), interleaved(4, 40), {}
+        m.apply(lambda module, recompute=recompute: setattr(module, "recompute", recompute))
+
+        def keep(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t
+            return t
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half), \
+                    torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                loss = mean_loss(m(ids[:, :-1], ids[:, 1:]), 0.1)
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in m.parameters())])
+        wide = (m.config.intermediate_size,)
+        saved.append(sum(t.shape[-1:] == wide and t.numel() == 4 * 39 * wide[0] for t in kept.values()))
+        results[-1].append(torch.tensor(flops.get_total_flops()))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    mlps = sum(isinstance(module, smoltolk.MLP) for module in m.modules())
+    assert saved == [4 * mlps, 2 * mlps]
+
+
 def test_nothing_is_compiled_anew_for_other_counts():
     """Compiled steps of one shape: whatever stands in the rows, there are no more graphs after the second step."""
     from torch._dynamo.backends.debugging import aot_eager
