@@ -27,7 +27,7 @@ def hand_on(number, _):
 
 if __name__ == "__main__":
     os.environ["LAUNCHER"] = shlex.join(["python", sys.argv[0]])  # for the command that goes on
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # or with torch 2.13 the next attempt gets dead addresses
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # torch 2.13: no dead addresses next time
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, hand_on)
     main(["--signals-to-handle=SIGHUP,SIGQUIT", *sys.argv[1:]])  # those that torchrun still takes for itself
