@@ -105,8 +105,8 @@ def made(tmp_path_factory, demo_folder):
     words = "the old man saw a ship on the wide sea and told his friend about it one fine day".split()
     rng = np.random.default_rng(0)
     (folder / "books").mkdir()
-    for name in ("moby", "emma", "northanger-abbey", "persuasion", "alice"):
-        sentences = [" ".join(rng.permutation(words)[:12]).capitalize() + "." for _ in range(60)]
+    for name in ("moby", "emma", "sense-and-sensibility", "persuasion", "alice"):
+        sentences = [" ".join(rng.permutation(words)[:12]).capitalize() + "." for _ in range(120)]
         (folder / f"books/{name}.txt").write_text(" ".join(sentences))
     arguments = [f"--source={folder}/books", f"--out={folder}/out", f"--tokenizer={demo_folder}/tokenizer.json",
                  "--layers=[]", "--n_units=20", "--fit=8", "--judge=4", "--passages=6", "--workers=1"]
