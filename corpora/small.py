@@ -39,7 +39,7 @@ from configurator import configure
 from corpora import common, demo, prose
 
 VAL, TEST = ("sense",), ("persuasion", "northanger", "botchan", "alice")  # beginnings of the names of held-out books
-PASSAGE = 80  # words of a passage, at least. From openings of 30 words SmolLM2-135M tells 65% of the endings, of 60: 77%
+PASSAGE = 80  # words, at least. From openings of 30 words SmolLM2-135M tells 65% of the written endings, of 60: 77%
 HELD_OUT = (1, 5)  # speakers of corpora/demo.py for them: an American man and woman; train/ has the other six
 DEFAULTS = dict(source="", out="data/small", tokenizer="weights/smollm2-135m/tokenizer.json",
                 whisper="weights/whisper-tiny.en", layers=[2, 3], n_units=500, fit=160, judge=60, passages=0, seed=0,
