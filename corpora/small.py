@@ -199,11 +199,13 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "units" / "units.json").exists():
         choose_units(c)
-    sets = ("train", "val", "test") if c["shard"].startswith("0/") else ("train",)
-    reports = {which: make_set(c, which) for which in sets}
-    if "test" in reports:
-        if not (out / "cloze").exists():
+    sets = ("val", "test", "train") if c["shard"].startswith("0/") else ("train",)  # the short ones first
+    reports = {}
+    for which in sets:
+        reports[which] = make_set(c, which)
+        if which == "test" and not (out / "cloze").exists():
             reports["cloze"] = dict(items=make_cloze(c))
+    if "test" in reports:
         (out / "small.json").write_text(json.dumps(reports, indent=1))
     print(json.dumps(reports, indent=1))
 
