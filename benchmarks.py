@@ -11,25 +11,18 @@ Benchmarks of others as they lie on disk: each reader returns plain lists and di
 import csv
 import hashlib
 import io
-import lzma
 import re
 from pathlib import Path
 
 from checkpoint import digest
-from foreign import one_line, parse_json
-
-MAX_TEXT = 1 << 28  # bytes of a file, uncompressed
+from foreign import one_line, parse_json, read_bytes
 
 
 def read_text(path):
     """The text of a file in UTF-8, out of an .xz too; ValueError."""
     try:
-        with (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as f:
-            raw = f.read(MAX_TEXT + 1)
-        if len(raw) > MAX_TEXT:
-            raise ValueError(f"more than {MAX_TEXT} bytes of text")
-        return raw.decode("utf-8")
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
 
 

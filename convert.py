@@ -10,7 +10,6 @@ Other people's files become safetensors, npy and json, once; nothing else in the
     python convert.py vocoder --checkpoint=FILE.pt --config=FILE.json --out=units/vocoder
                                         textlesslib's CodeHiFiGANVocoder: units to waveform
 """
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -28,7 +27,7 @@ from safetensors.numpy import save_file
 import data
 import model as smoltolk
 import speech
-from checkpoint import whole_folder
+from checkpoint import digest, whole_folder
 from configurator import configure, nearest
 from foreign import one_line, read_array, read_json
 
@@ -53,8 +52,8 @@ def smollm2(out, gguf_path=None):
         raise SystemExit(f"{out}: exists already; remove it or give another --out")
     fields, tensors = read_gguf(source)
     config = llama_config(fields, source)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    metadata = dict(format="pt", source=source.name, source_sha256=digest, license=str(fields.get("general.license")))
+    metadata = dict(format="pt", source=source.name, source_sha256=digest(source),
+                    license=str(fields.get("general.license")))
     try:
         with whole_folder(out) as folder:
             (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -219,7 +218,7 @@ def units(out, kmeans, hubert, layer, normalize=False):
     about = dict(kind="hubert", n_units=len(centroids), rate=rate,
                  sample_rate=speech.SAMPLE_RATE, model=os.path.relpath(hubert.resolve(), out.resolve()), layer=layer,
                  normalize=normalize, hash=speech.vocabulary_hash(centroids), source=kmeans.name,
-                 source_sha256=hashlib.sha256(kmeans.read_bytes()).hexdigest())
+                 source_sha256=digest(kmeans))
     try:
         with whole_folder(out) as folder:
             np.save(folder / "centroids.npy", centroids)
@@ -378,10 +377,9 @@ def whisper(out, model):
                         state[f"encoder.layers.{i}.self_attn.{p}_proj.{end}"] = array
         config = dict(model_type="whisper", d_model=d, encoder_layers=layers, encoder_attention_heads=d // 64,
                       num_mel_bins=mels, encoder_ffn_dim=4 * d)  # all Whispers' heads are 64 wide
-        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
         with whole_folder(out) as folder:
             state = {name: np.ascontiguousarray(array) for name, array in state.items()}
-            save_file(state, folder / "model.safetensors", dict(format="pt", source_sha256=digest))
+            save_file(state, folder / "model.safetensors", dict(format="pt", source_sha256=digest(model)))
             (folder / "config.json").write_text(json.dumps(config, indent=1))
             speech.load_whisper(folder, layers)
     except (KeyError, ValueError, OSError) as error:
@@ -427,9 +425,8 @@ def vocoder(out, checkpoint, config):
         speech.check_weights({name: weight.shape for name, weight in weights.items()}, shapes, checkpoint)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     with whole_folder(out) as folder:
-        save_file(weights, folder / "model.safetensors", dict(format="pt", source_sha256=digest))
+        save_file(weights, folder / "model.safetensors", dict(format="pt", source_sha256=digest(checkpoint)))
         (folder / "config.json").write_text(json.dumps(about, indent=1))
     return out
 

@@ -5,13 +5,14 @@ Nothing here runs what a file holds, or believes a number in it before the file 
 is a ValueError "PATH: ...". Pickles are read nowhere but in convert.py, which runs nothing of them either.
 """
 import json
+import lzma
 import math
 import os
 import re
 
 import numpy as np
 
-MAX_JSON = 1 << 28  # bytes; the largest tokenizer.json in use has about 1 << 25
+MAX_FILE = 1 << 28  # bytes of a file that is read whole; the largest tokenizer.json in use has about 1 << 25
 
 # The header of an .npy file exactly as numpy.save writes it for numbers; numpy itself would evaluate what stands there.
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
@@ -22,6 +23,18 @@ NPY_HEADER = re.compile(rb"\{'descr': '(\|[biu]1|[<>][iu][248]|[<>]f[248])', 'fo
 def one_line(error):
     """An exception of another package in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def read_bytes(path, limit=MAX_FILE):
+    """The bytes of a file, unpacked if it is an .xz; ValueError if there are more than limit."""
+    try:
+        with (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as file:
+            raw = file.read(limit + 1)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from None
+    if len(raw) > limit:
+        raise ValueError(f"{path}: more than {limit} bytes")
+    return raw
 
 
 def parse_json(text, name, *kinds):
@@ -41,14 +54,7 @@ def parse_json(text, name, *kinds):
 
 def read_json(path, *kinds):
     """The value in a json file, one of the types `kinds`, without any a dict; ValueError."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_JSON + 1)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    if len(raw) > MAX_JSON:
-        raise ValueError(f"{path}: more than {MAX_JSON} bytes of json")
-    return parse_json(raw, path, *kinds or [dict])
+    return parse_json(read_bytes(path), path, *kinds or [dict])
 
 
 def read_array(path):

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from foreign import one_line, parse_json, read_json
+from foreign import one_line, parse_json, read_bytes, read_json
 from speech import SAMPLE_RATE, UNIT_RATE, check_size, frame_geometry
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,12 +172,9 @@ MAX_FILE = 1 << 26  # bytes; an hour of speech with phones is about 5 MB of Text
 def read_text(path):
     """A text file in UTF-8 or, with a byte order mark, UTF-16."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise ValueError(f"unreadable word times: {path}: {error.strerror}") from None
-    if len(raw) > MAX_FILE:
-        raise ValueError(f"word times too large: {path}: more than {MAX_FILE} bytes")
+        raw = read_bytes(path, MAX_FILE)
+    except ValueError as error:
+        raise ValueError(f"unreadable word times: {error}") from None
     try:
         return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError:
