@@ -293,7 +293,10 @@ def espeak(text, voice="en-us", rate=175, pitch=50):
 
 
 def espeak_phones(text, voice="en-us", rate=175, pitch=50):
-    """(waveform as espeak() has it, [(phone, start in seconds), ...]); "_" is a pause. Stress marks are left out."""
+    """
+    (waveform as espeak-ng says it, without espeak()'s marks for words, [(phone, start in seconds), ...]); "_" is a
+    pause. Stress marks are left out.
+    """
     samples, native_rate, events = espeak_once(text, voice, rate, pitch, phones=True)
     named = [(phone.decode().strip("',%=").rstrip("2") or "_", sample / native_rate)
              for kind, _, sample, phone in events if kind == EVENT_PHONE and phone != b";"]  # still the one before
@@ -798,7 +801,7 @@ def whisper_features(waveform, vocabulary):
     def norm(x, name):
         return F.layer_norm(x, (d,), w[f"{name}.weight"], w[f"{name}.bias"])
 
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         x = torch.from_numpy(mel["input_features"]).to(vocabulary.centroids.device)        # [1, mels, 4 frames]
         x = F.gelu(F.conv1d(x, w["conv1.weight"], w["conv1.bias"], padding=1))
         x = F.gelu(F.conv1d(x, w["conv2.weight"], w["conv2.bias"], stride=2, padding=1))   # [1, d, 2 frames]
@@ -823,10 +826,14 @@ def whisper_mel(n_mels):
 
 
 def whisper_frames(waveform, vocabulary):
-    """Features of a 16 kHz waveform of any length, tensor float32 [n // HOP, d]."""
+    """
+    Features of a 16 kHz waveform of any length, tensor float32 [n // HOP, d]. Two of the encoder's frames, which look
+    at 0 and 20 ms, make one: a quarter of that is taken off at the start, so that they lie about its middle.
+    """
     import torch
 
     waveform, d = np.asarray(waveform, np.float32), vocabulary.centroids.shape[1]
+    waveform = np.append(waveform[HOP // 4:], np.zeros(min(HOP // 4, len(waveform)), np.float32))
     pieces = [whisper_features(waveform[start * HOP:end * HOP], vocabulary)[a - start:b - start]
               for start, end, a, b in cut(len(waveform) // HOP, WHISPER_WINDOW, WHISPER_MARGIN) if end > start]
     return torch.cat(pieces) if pieces else torch.zeros(0, d)

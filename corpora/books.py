@@ -21,7 +21,7 @@ from checkpoint import whole_folder
 
 SHORTEST = 2_000  # words; what is shorter is no book but a letter, a table, a licence
 LONGEST = 1 << 26  # bytes of an object, decompressed
-NOTES = re.compile(r"<(note|title|figure)\b[^>]*>.*?</\1>", re.S)  # of OSIS: what is not read aloud
+NOTES = re.compile(r"<(note|title|figure)\b(?:[^>]*[^>/])?>.*?</\1>", re.S)  # of OSIS: what is not read aloud
 VERSES = re.compile(r"<(verse|chapter|lb?g?|p|div|milestone)\b[^>]*>")  # tags that stand between words
 
 
@@ -55,7 +55,10 @@ def sword_books(path):
     """Texts in a .bzz; the .bzs beside it says where: (start, length, length when decompressed) of each, uint32."""
     data = path.read_bytes()
     for start, length, _ in np.fromfile(path.with_suffix(".bzs"), "<u4").reshape(-1, 3).tolist():
-        osis = zlib.decompressobj().decompress(data[start:start + length], LONGEST).decode()
+        stream = zlib.decompressobj()
+        osis = stream.decompress(data[start:start + length], LONGEST).decode()
+        if not stream.eof:
+            raise ValueError("it breaks off")
         yield re.sub("<[^>]*>", "", VERSES.sub(" ", NOTES.sub(" ", osis)))
 
 

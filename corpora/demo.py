@@ -218,10 +218,15 @@ def record(text, speaker):
     return add_hiss(waveform, text, speaker), words
 
 
-def add_hiss(waveform, text, speaker):
+def signal_to_noise(text, speaker):
+    """(by how many dB a recording of this text stands above its hiss, the generator to draw that from)."""
     rng = np.random.default_rng([zlib.crc32(text.encode()), speaker])
-    ratio = 10 ** (rng.uniform(*SIGNAL_TO_NOISE) / 20)
-    hiss = rng.standard_normal(len(waveform)) * np.sqrt(np.mean(waveform**2)) / ratio
+    return rng.uniform(*SIGNAL_TO_NOISE), rng
+
+
+def add_hiss(waveform, text, speaker):
+    decibels, rng = signal_to_noise(text, speaker)
+    hiss = rng.standard_normal(len(waveform)) * np.sqrt(np.mean(waveform**2)) / 10 ** (decibels / 20)
     return np.clip(waveform + hiss, -1, 1).astype(np.float32)
 
 
@@ -300,8 +305,9 @@ def cut_cloze(recordings, documents, seed):
     Test documents to cloze documents in threes: opening, true ending, false ending.
 
     recordings, documents: the test set, the latter as (token ids of each word, units of each word).
-    The false ending is that of another topic's story by the same speaker, so it differs from the true one in what it
-    tells and in nothing else. Endings are slices of whole stories: their first word keeps the space before it.
+    The false ending is that of another topic's story by the same speaker: it differs from the true one in what it
+    tells, and in how loud the hiss is, which is noise in the scores of spoken endings. Endings are slices of whole
+    stories: their first word keeps the space before it.
     """
     rng = random.Random(f"{seed} cloze")
     cloze = []

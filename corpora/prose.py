@@ -7,9 +7,9 @@ Books read aloud: plain text files in espeak-ng's voices, with its own word time
     python -m corpora.prose --source=books --out=data/prose --units=data/demo/units \\
         --tokenizer=weights/smollm2-135m/tokenizer.json
 
-Layout: .txt files, a book each, UTF-8; what Project Gutenberg says before and after a book is left out. A document is
-some consecutive sentences, at least --passage words of them, in one voice: one of the demo's speakers that --speakers
-names, drawn by the document's place, under the demo's hiss.
+Layout: .txt files, a book each, UTF-8; what stands outside Project Gutenberg's marks is left out. A document is some
+consecutive sentences, at least --passage words of them, in one voice: one of the demo's speakers that --speakers names,
+drawn by the document's place, under the demo's hiss.
 """
 import functools
 import re
@@ -18,7 +18,7 @@ import zlib
 from corpora import common, demo, files
 
 FRAME = re.compile(r"\*\*\* ?(?:START|END) OF TH[^*]*\*\*\*")  # around a book from Project Gutenberg
-ENDS = re.compile(r"""[.!?]["')\]]*$""")
+ENDS = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bMessrs)[.!?]["')\]”’]*$""")  # of a word: a sentence's
 
 
 def find(source, settings):

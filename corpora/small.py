@@ -15,18 +15,17 @@ from where). Files whose names begin with a word of VAL or TEST are held out, an
     train/      all other books in all other voices, a paired set: it serves as text, as speech and interleaved
     val/ test/  held-out books in held-out voices
     cloze/      Topic-Cloze of test/: a passage but for its last sentence, that sentence, and the last sentence of a
-                passage of another book in the same voice
+                passage of another book in the same voice, under hiss that is about as loud
 
 What is there already is kept, and train/ goes on after the last whole part, so a run that was killed is started again.
---shard=i/n makes a share of train/ only, after the units are there, for more processes or machines. --passages bounds
-how many passages of each book are read, for trying out.
+--shard=i/n makes a share of train/, and 0/n all else first, for more processes or machines. --passages bounds how many
+passages of each book are read, for trying out.
 """
 import functools
 import itertools
 import json
 import random
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +36,12 @@ import speech
 from checkpoint import whole_folder
 from configurator import configure
 from corpora import common, demo, prose
+from foreign import read_json
 
 VAL, TEST = ("sense",), ("persuasion", "northanger", "botchan", "alice")  # beginnings of the names of held-out books
 PASSAGE = 80  # words, at least. From openings of 30 words SmolLM2-135M tells 65% of the written endings, of 60: 77%
 HELD_OUT = (1, 5)  # speakers of corpora/demo.py for them: an American man and woman; train/ has the other six
+FIXED = ("layers", "n_units", "fit", "judge", "passages", "seed")  # settings of a whole corpus
 DEFAULTS = dict(source="", out="data/small", tokenizer="weights/smollm2-135m/tokenizer.json",
                 whisper="weights/whisper-tiny.en", layers=[2, 3], n_units=500, fit=160, judge=60, passages=0, seed=0,
                 workers=common.DEFAULTS["workers"], shard="0/1")
@@ -91,7 +92,10 @@ def candidates(c):
         return speech.fit_mel_units(frames, c["n_units"], c["seed"], sample=100_000, voices=voices)
     out = {"mel": (speech.mel_frames, mel_fit, speech.frame_units, speech.save_mel_units)}
     for layer in c["layers"]:
-        whisper = speech.load_whisper(c["whisper"], layer)
+        try:
+            whisper = speech.load_whisper(c["whisper"], layer)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
         out[f"whisper layer {layer}"] = (
             functools.partial(speech.whisper_frames, vocabulary=whisper),
             functools.partial(speech.fit_whisper_units, k=c["n_units"], seed=c["seed"], vocabulary=whisper),
@@ -106,16 +110,16 @@ def choose_units(c):
     settings = c | dict(passage=PASSAGE, speakers=[0])
     texts = [item.text for path in books(c["source"], "train") for item in read(path, settings)]
     rng.shuffle(texts)
-    texts = texts[:c["fit"] + c["judge"]]
+    texts, figures, vocabularies, compared = texts[:c["fit"] + c["judge"]], {}, {}, candidates(c)
+    if len(texts) < c["fit"] + c["judge"]:
+        raise SystemExit(f"{c['source']}: {len(texts)} passages in the training books are too few for fit={c['fit']} "
+                         f"and judge={c['judge']}")
     speakers = [i for i in range(len(demo.SPEAKERS)) if i not in HELD_OUT]
     bar = tqdm(list(enumerate(texts)), desc="passages to choose units on", disable=None)
     spoken = [record(text, speakers[i % len(speakers)]) for i, text in bar]
     fitted, judged = spoken[:c["fit"]], spoken[c["fit"]:]
-    if len(judged) < c["judge"]:
-        raise SystemExit(f"{c['source']}: {len(texts)} passages in the training books are too few for fit={c['fit']} "
-                         f"and judge={c['judge']}")
-    phones, figures, vocabularies = sum((its for _, its in judged), []), {}, {}
-    for name, (features, fit, frame_units, save) in candidates(c).items():
+    phones = sum((its for _, its in judged), [])
+    for name, (features, fit, frame_units, save) in compared.items():
         vocabulary = fit([features(x) for x, _ in tqdm(fitted, desc=name, disable=None)],
                          [x for x, _ in fitted])
         units = [frame_units(features(x), vocabulary) for x, _ in judged]
@@ -124,8 +128,9 @@ def choose_units(c):
         vocabularies[name] = vocabulary, save
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures[name].items()), flush=True)
     best = max(figures, key=lambda name: figures[name]["phone_purity"])
-    about = dict(chosen=best, fitted_on=len(fitted), judged_on=len(judged), frames=len(phones),
-                 phones=len(set(phones)), hours=sum(len(x) for x, _ in spoken) / speech.SAMPLE_RATE / 3600, of=figures)
+    about = dict(settings={key: c[key] for key in FIXED}, chosen=best, fitted_on=len(fitted), judged_on=len(judged),
+                 frames=len(phones), phones=len(set(phones)),
+                 hours=sum(len(x) for x, _ in spoken) / speech.SAMPLE_RATE / 3600, of=figures)
     (out / "units.json").write_text(json.dumps(about, indent=1))
     vocabulary, save = vocabularies[best]
     with whole_folder(out / "units") as folder:
@@ -155,38 +160,39 @@ def cut(text):
 
 def cut_cloze(passages, seed):
     """
-    Documents in threes: opening, true ending, false ending. passages: (book, speaker, document, the word at which its
-    last sentence begins), document being the ids of each word, written and spoken.
+    Documents in threes: opening, true ending, false ending. passages: (book, speaker, its dB above the hiss, document,
+    the word at which its last sentence begins), document being the ids of each word, written and spoken.
     """
     rng, cloze = random.Random(f"{seed} cloze"), []
-    for book, speaker, (text, units), at in passages:
+    for book, speaker, level, (text, units), at in passages:
         others = [p for p in passages if p[0] != book and p[1] == speaker]
         if others:
-            _, _, (other_text, other_units), begins = rng.choice(others)
+            alike = sorted(others, key=lambda p: abs(p[2] - level))[:20]  # hiss is not to give it away
+            _, _, _, (other_text, other_units), begins = rng.choice(alike)
             cloze += [(text[:at], units[:at]), (text[at:], units[at:]), (other_text[begins:], other_units[begins:])]
     return cloze
 
 
 def make_cloze(c):
     """cloze/ out of the documents of test/; returns the number of items."""
-    tokenizer, out = data.Tokenizer(c["tokenizer"]), Path(c["out"])
+    out = Path(c["out"])
     settings = dict(passage=PASSAGE, passages=c["passages"], speakers=list(HELD_OUT))
-    items = iter([(path.stem, item) for path in books(c["source"], "test") for item in read(path, settings)])
-    passages, meta = [], None
-    for part in data.open_source("interleaved", [out / "test"]).shards:
-        meta = part.meta
-        for i in range(len(part.documents) - 1):
-            text, units, text_words, unit_words = part.document(i)
-            words = [text[a:b] for a, b in itertools.pairwise(text_words[:-1])]
-            spoken = [units[a:b] for a, b in itertools.pairwise(unit_words[:-1])]
-            book, item = next(x for x in items if np.array_equal(  # those that were dropped are passed over
-                np.concatenate(tokenizer.encode_words(x[1].text.split())), text[:text_words[-2]]))
-            if at := cut(item.text):
-                speaker = settings["speakers"][zlib.crc32(item.id.encode()) % len(HELD_OUT)]
-                passages.append((book, speaker, (words, spoken), at))
-    units = dict(n_units=meta["speech"]["n_units"], rate=meta["speech"]["rate"], hash=meta["speech"]["vocabulary"])
+    dropped = {json.loads(line)["id"] for path in (out / "test").glob("*/dropped.jsonl") for line in path.open()}
+    items = [(path.stem, item) for path in books(c["source"], "test") for item in read(path, settings)
+             if item.id not in dropped]
+    parts, passages = data.open_source("interleaved", [out / "test"]).shards, []
+    documents = (part.document(i) for part in parts for i in range(len(part.documents) - 1))
+    for (book, item), (text, units, text_words, unit_words) in zip(items, documents, strict=True):
+        words = [text[a:b] for a, b in itertools.pairwise(text_words[:-1])]
+        spoken = [units[a:b] for a, b in itertools.pairwise(unit_words[:-1])]
+        if at := cut(item.text):
+            speaker = item.audio.args[1]
+            level, _ = demo.signal_to_noise(item.text, speaker)
+            passages.append((book, speaker, level, (words, spoken), at))
+    about = parts[0].meta["speech"]
+    units = dict(n_units=about["n_units"], rate=about["rate"], hash=about["vocabulary"])
     cloze = cut_cloze(passages, c["seed"])
-    data.write_set(out / "cloze", "paired", cloze, tokenizer=tokenizer, units=units, source="corpora/small.py")
+    data.write_set(out / "cloze", "paired", cloze, data.Tokenizer(c["tokenizer"]), units, "corpora/small.py")
     return len(cloze) // 3
 
 
@@ -195,17 +201,28 @@ def main(argv):
     for which in ("train", "val", "test"):
         if not books(c["source"], which):
             raise SystemExit(f"--source={c['source']}: no book for {which}/; the top of corpora/small.py says which")
-    out = Path(c["out"])
+    first, out = c["shard"].startswith("0/"), Path(c["out"])
+    try:
+        data.Tokenizer(c["tokenizer"])  # before an hour has gone by
+    except data.DataError as error:
+        raise SystemExit(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "units" / "units.json").exists():
+        if not first:
+            raise SystemExit(f"{out}/units: not there yet; shard 0 makes it, start the others after that")
         choose_units(c)
-    sets = ("val", "test", "train") if c["shard"].startswith("0/") else ("train",)  # the short ones first
+    made = read_json(out / "units.json").get("settings", {})
+    for key in FIXED:
+        if made.get(key) != c[key]:
+            raise SystemExit(f"{out}: was made with --{key}={made.get(key)}, not {c[key]}; give that, or another --out")
+    sets = ("val", "test", "train") if first else ("train",)  # the short ones first
     reports = {}
     for which in sets:
         reports[which] = make_set(c, which)
         if which == "test" and not (out / "cloze").exists():
-            reports["cloze"] = dict(items=make_cloze(c))
-    if "test" in reports:
+            make_cloze(c)
+    if first:
+        reports["cloze"] = dict(items=data.open_set(out / "cloze").meta["documents"] // 3)
         (out / "small.json").write_text(json.dumps(reports, indent=1))
     print(json.dumps(reports, indent=1))
 

@@ -60,6 +60,11 @@ def test_no_books_and_torn_books(tmp_path):
     (tmp_path / "Rdata.rdb").write_bytes(r_archive(["word " * 3000])[:-9] + b"123456789")
     with pytest.raises(SystemExit, match=r"Rdata\.rdb: not what its name says"):
         books.make(tmp_path, tmp_path / "out")
+    (tmp_path / "Rdata.rdb").unlink()
+    for name, raw in sword_module(" ".join(map(str, range(9000)))).items():
+        (tmp_path / name).write_bytes(raw[:-5000] if name.endswith("z") else raw)
+    with pytest.raises(SystemExit, match=r"ot\.bzz: not what its name says \(it breaks off"):
+        books.make(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -80,18 +85,21 @@ def test_cut():
     assert small.cut(f"{long}{end}") is None                  # only one sentence
     assert small.cut(f"too short. {end}") is None
     assert small.cut(f"{long}done. The end.") is None
+    assert small.cut(f"{long}done. He and Mrs. Dashwood came at last.") == 21
+    assert small.cut(f"{long}done.”  {end}") == 21
 
 
 def test_false_endings_are_of_another_book_in_the_same_voice():
-    passages = [(book, speaker, ([(book, speaker, i)] * 6, [(book, speaker, i)] * 6), 4)
-                for i in range(5) for book in "xyz" for speaker in (1, 5)]
+    passages = [(book, speaker, i / 2, ([(book, speaker, i)] * 6, [(book, speaker, i)] * 6), 4)
+                for i in range(40) for book in "xyz" for speaker in (1, 5)]
     cloze = small.cut_cloze(passages, 0)
     assert len(cloze) == 3 * len(passages)
     for opening, true, false in zip(cloze[::3], cloze[1::3], cloze[2::3]):
         for side in (0, 1):
             assert [len(x[side]) for x in (opening, true, false)] == [4, 2, 2]
             assert opening[side][0] == true[side][0]
-            assert false[side][0][0] != true[side][0][0] and false[side][0][1] == true[side][0][1]
+            (book, speaker, level), (its_book, its_speaker, its_level) = true[side][0], false[side][0]
+            assert its_book != book and its_speaker == speaker and abs(its_level - level) < 20  # 20 in half a dB each
     assert cloze != small.cut_cloze(passages, 1)
 
 
@@ -127,9 +135,25 @@ def test_the_whole_corpus(made):
     before = (out / "train/report.json").stat().st_mtime_ns, (out / "cloze/meta.json").read_text()
     small.main(arguments)  # all is there
     assert (out / "cloze/meta.json").read_text() == before[1] and len(list((out / "train").glob("shard-*"))) == 1
+    assert json.loads((out / "small.json").read_text())["cloze"] == dict(items=12)
+    with pytest.raises(SystemExit, match="was made with --n_units=20, not 30; give that"):
+        small.main([x.replace("--n_units=20", "--n_units=30") for x in arguments])
 
 
 def test_missing_books_are_named(tmp_path):
     (tmp_path / "moby.txt").write_text("Call me Ishmael.")
     with pytest.raises(SystemExit, match="no book for val/"):
         small.main([f"--source={tmp_path}", f"--out={tmp_path}/out"])
+
+
+@pytest.mark.parametrize("option, message", [
+    ("--tokenizer=nowhere.json", "nowhere.json"), ("--shard=1/2", "units: not there yet; shard 0 makes it"),
+    ("--whisper=nowhere", "nowhere/config.json"), ("--layers=[]", "3 passages in the training books are too few")])
+def test_what_cannot_be_is_said_before_anything_is_spoken(tmp_path, demo_folder, monkeypatch, option, message):
+    for name in ("moby", "emma", "emma2", "sense", "persuasion"):
+        (tmp_path / f"{name}.txt").write_text("Call me Ishmael.")
+    monkeypatch.setattr(small, "record", None)
+    fit = ["--fit=2", "--judge=1"] if "whisper" in option else []
+    with pytest.raises(SystemExit, match=message):
+        small.main([f"--source={tmp_path}", f"--out={tmp_path}/out", f"--tokenizer={demo_folder}/tokenizer.json", *fit,
+                    option])
