@@ -474,7 +474,8 @@ def hear_files(e, files):
         heard, mine = {}, range(e.world.rank, len(files), e.world.size)
         for chunk in tqdm(range(0, len(mine), 32), "hearing", leave=False, disable=None if e.world.rank == 0 else True):
             waves = [speech.read_audio(files[i]) for i in mine[chunk:chunk + 32]]
-            heard |= zip(mine[chunk:chunk + 32], (ids for ids, _ in speech.units(waves, vocabulary)))
+            with torch.autocast(e.world.device.type, enabled=False):  # units are made in fp32, as in the data
+                heard |= zip(mine[chunk:chunk + 32], (ids for ids, _ in speech.units(waves, vocabulary)))
         size = np.zeros(len(files))
         size[list(heard)] = [len(ids) for ids in heard.values()]
         offsets = np.cumsum([0, *all_sum(size, e.world).tolist()]).astype(np.int64)
@@ -485,8 +486,9 @@ def hear_files(e, files):
         if e.world.rank == 0:
             Path(e.c.cache).mkdir(parents=True, exist_ok=True)
             for path, array in zip(paths, (flat, offsets)):
-                np.save(path.with_suffix(".writing.npy"), array)
-                os.replace(path.with_suffix(".writing.npy"), path)
+                writing = path.with_suffix(f".{os.getpid()}.npy")  # another process may be writing the same
+                np.save(writing, array)
+                os.replace(writing, path)
     else:
         flat, offsets = (np.array(read_array(path)) for path in paths)
         if (flat.dtype, offsets.shape) != (np.uint16, (len(files) + 1,)) or (np.diff(offsets) < 0).any() or (

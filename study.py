@@ -8,13 +8,16 @@ The paper's claim in small: SmolTolk and vocabulary expansion on the same data, 
 
 Each run is one command of train.py, printed before it starts, and one of evaluate.py, which keeps the score of every
 item; a run that was cut off goes on from its checkpoint. In --out: a folder <run>-<seed> for each run, and study.md,
-study.csv, study.json and study.png: mean and standard deviation over seeds, differences to the first run with p-values.
+study.csv, study.json and study.png: mean and standard deviation over seeds, and by how much SmolTolk leads, with two
+p-values: of the lead over seeds (t-test), and over items with these very models (McNemar or bootstrap, see report.py).
 --pictures=true has analyze.py make its figures and tables in --out/pictures, of the runs with the first seed.
 """
 import csv
+import functools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from scipy.stats import ttest_1samp
 
 import evaluate
 import report
@@ -38,8 +42,8 @@ scoring = ""               # and for every evaluate.py, e.g. "--dtype=bfloat16"
 pictures = False           # make analyze.py's figures too
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, str, list)) and not k.startswith("_")}
 
-# runs {run: (what it is, its train.py command without seed and folder)}, of which the first is what others are compared
-# with; options of evaluate.py; commands of analyze.py, where {run} is the run's folder
+# runs {run: (what it is, its train.py command without seed and folder)}; leaders {run: the one whose lead over it is
+# shown}, where that is not the first; options of evaluate.py; commands of analyze.py, {run} being the run's folder
 STUDIES = dict(
     tiny=dict(
         runs=dict(
@@ -55,6 +59,7 @@ STUDIES = dict(
             no_layer_pooling=("- layer pooling", "config/ablation_no_layer_pooling_tiny.py"),
             no_dynamic_pooling=("- dynamic pooling", "config/ablation_no_dynamic_pooling_tiny.py"),
             no_residual=("- residual", "config/ablation_no_residual_tiny.py")),
+        leaders={},
         evaluate="--tasks='[\"topic_cloze\"]'",
         pictures=["segmentation --checkpoint={smoltolk} --units=data/demo/units", "weights --checkpoint={smoltolk}",
                   "dimension --checkpoint={smoltolk},{baseline} --points=1000",
@@ -74,15 +79,17 @@ STUDIES = dict(
             no_layer_pooling=("- layer pooling", "config/ablation_no_layer_pooling_small.py"),
             no_dynamic_pooling=("- dynamic pooling", "config/ablation_no_dynamic_pooling_small.py"),
             no_residual=("- residual", "config/ablation_no_residual_small.py"),
-            **{f"{run}_rate_{rate}": (f"{run}, learning rate {rate}, 20M tokens",
+            **{f"{run}_rate_{rate}": (f"{run}, stage 2 at learning rate {rate}, 20M tokens",
                                       f"config/{config}_small.py --stages.stage2.learning_rate={rate} {steps}")
                for rate in ("1e-4", "3e-4", "1e-3") for run, config, steps in (
                    ("smoltolk", "train", "--stages.stage1.steps=30 --stages.stage2.steps=123"),
                    ("baseline", "baseline", "--stages.stage2.steps=153"))}),
-        evaluate="--tasks='[\"topic_cloze\",\"nll\",\"sblimp\",\"blimp\",\"mmlu\"]' --cloze=data/small/cloze "
-                 "--val_text='[\"data/small/val\"]' --val_speech='[\"data/small/val\"]' "
-                 "--val_interleaved='[\"data/small/val\"]' --sequence_length=1024 --units=data/small/units "
-                 "--sblimp=data/spoken_blimp --blimp=data/blimp --mmlu=data/mmlu.csv --before=weights/smollm2-135m",
+        leaders=dict(smoltolk_300m=None, baseline_300m="smoltolk_300m",
+                     **{f"smoltolk_rate_{rate}": None for rate in ("1e-4", "3e-4", "1e-3")},
+                     **{f"baseline_rate_{rate}": f"smoltolk_rate_{rate}" for rate in ("1e-4", "3e-4", "1e-3")}),
+        evaluate="--tasks='[\"topic_cloze\",\"sblimp\",\"blimp\",\"mmlu\"]' --cloze=data/small/cloze "
+                 "--units=data/small/units --sblimp=data/spoken_blimp --blimp=data/blimp --mmlu=data/mmlu.csv "
+                 "--before=weights/smollm2-135m",
         pictures=["segmentation --checkpoint={smoltolk} --data=data/small/test --val=data/small/val --utterances=500 "
                   "--units=data/small/units", "weights --checkpoint={smoltolk} --data=data/small/test --utterances=500",
                   *(f"{what} --data=data/small/test --checkpoint={{smoltolk}},{{baseline}},{{no_adapters}},"
@@ -92,19 +99,27 @@ OTHER = ("BLIMP T", "BLIMP S", "MMLU", "MMLU before speech")
 COLOURS = {"T": "#0072B2", "S": "#D55E00", "T->S": "#E69F00", "S->T": "#009E73"}  # Okabe and Ito's
 
 
+def evaluation(folder):
+    """(path, contents) of the newest evaluation.json of a run; (None, {}) if there is none."""
+    there = sorted(folder.glob("checkpoint-*[0-9]/evaluation.json"))
+    return (there[-1], json.loads(there[-1].read_text())) if there else (None, {})
+
+
 def commands(run, seed, c):
-    """The commands of one run that are still to be run: train.py, evaluate.py, or neither."""
-    folder = Path(c.out) / f"{run}-{seed}"
-    there = sorted(folder.glob("checkpoint-*[0-9]"))
-    left = []
+    """The commands of one run that are still to be run: train.py and evaluate.py, the latter, or none."""
+    folder, left = Path(c.out) / f"{run}-{seed}", []
+    quoted = shlex.quote(str(folder))
+    there = any(folder.glob("checkpoint-*[0-9]"))
+    score = STUDIES[c.study]["evaluate"]
+    wanted, _ = configure(evaluate.DEFAULTS, shlex.split(score))
+    scored = evaluation(folder)[1]
     if not (folder / "results.json").exists():
         said = STUDIES[c.study]["runs"][run][1]
-        train = f"{sys.executable} train.py {said} --seed={seed} --out_dir={folder} {c.options}"
+        train = f"train.py {said} --seed={seed} --out_dir={quoted} {c.options}"
         left.append(f"{train} --resume=true" if there else train)
-    if left or not (there and (there[-1] / "evaluation.json").exists()):
-        score = STUDIES[c.study]["evaluate"]
-        left.append(f"{sys.executable} evaluate.py --checkpoint={folder} {score} {c.scoring}")
-    return [shlex.split(command) for command in left]
+    if left or set(wanted["tasks"]) - set(scored.get("made", {})) or (wanted["before"] and "before" not in scored):
+        left.append(f"evaluate.py --checkpoint={quoted} {score} {c.scoring}")
+    return [[sys.executable, *shlex.split(command)] for command in left]
 
 
 def run_all(c):
@@ -113,25 +128,29 @@ def run_all(c):
     waiting = [(run, seed) for seed in c.seeds for run in c.runs if commands(run, seed, c)]
     print(f"{len(waiting)} runs to go: {' '.join(f'{run}-{seed}' for run, seed in waiting)}", flush=True)
     threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // c.jobs))} if c.jobs > 1 else None
-    busy = []
+    busy = []  # (process, run, seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the end of this function
     try:
         while waiting or busy:
             while waiting and len(busy) < c.jobs:
                 run, seed = waiting.pop(0)
-                log = Path(c.out) / f"{run}-{seed}.txt"
-                first, *left = commands(run, seed, c)
-                busy.append((spawn(first, log, threads), left, log))
+                command = commands(run, seed, c)[0]
+                busy.append((spawn(command, Path(c.out) / f"{run}-{seed}.txt", threads), run, seed))
             time.sleep(0.5)
             for job in [job for job in busy if job[0].poll() is not None]:
-                process, left, log = job
+                process, run, seed = job
                 busy.remove(job)
-                if process.returncode != 0:
-                    raise SystemExit(f"{log}: says why this failed: {shlex.join(process.args)}")
+                left = commands(run, seed, c)
+                if process.returncode != 0 or process.args in left or [*process.args, "--resume=true"] in left:
+                    raise SystemExit(f"{c.out}/{run}-{seed}.txt: says why this did not come to its end: "
+                                     f"{shlex.join(process.args)}")
                 if left:
-                    busy.append((spawn(left[0], log, threads), left[1:], log))
-    finally:
-        for process, _, _ in busy:
+                    waiting.insert(0, (run, seed))
+    finally:  # train.py writes a checkpoint when it is told to end
+        for process, *_ in busy:
             process.terminate()
+        for process, *_ in busy:
+            process.wait()
 
 
 def spawn(command, log, environment):
@@ -143,39 +162,58 @@ def spawn(command, log, environment):
 def read_run(folder):
     """What a finished run came to: its results.json, parameters, and the items' answers {setting: float64 [items]}."""
     results = json.loads((folder / "results.json").read_text())
-    path = evaluate.newest_checkpoint(folder) / "evaluation.json"
-    made = json.loads(path.read_text())
+    path, made = evaluation(folder)
     right = {s: np.load(report.item_path(path, "topic_cloze", f"{s}.right")) for s in report.SETTINGS}
     mmlu = [made.get(when, {}).get("acc_norm") for when in ("mmlu", "before")]
     other = dict(zip(OTHER, (made.get("blimp"), made.get("sblimp", {}).get("dev"), *mmlu)))
+    scored = {key: made["made"]["topic_cloze"][key] for key in ("protocol", "files")}
     return SimpleNamespace(flops=results["flops"], parameters=made["parameters"], right=right, nll=results["nll"],
-                           other={name: cell["accuracy"] for name, cell in other.items() if cell})
+                           other={name: cell["accuracy"] for name, cell in other.items() if cell},
+                           path=path, scored=scored)
 
 
 def collect(c):
     """A row for each run that has finished with some seed, over the seeds it has finished with."""
-    rows, first = [], {}
-    for run in c.runs:
+    known, rows, first = STUDIES[c.study], [], []
+
+    @functools.cache
+    def finished(run):
         there = {seed: read_run(Path(c.out) / f"{run}-{seed}") for seed in c.seeds if not commands(run, seed, c)}
-        if not there:
+        first.extend(there.values())
+        for one in there.values():
+            if one.scored != first[0].scored:
+                raise SystemExit(f"{one.path}: other items, or scored in another way, than {first[0].path}; remove the "
+                                 "one that is wrong")
+        return there
+
+    for run in c.runs:
+        if not (there := finished(run)):
             continue
-        one = next(iter(there.values()))
-        row = dict(run=run, what=STUDIES[c.study]["runs"][run][0], seeds=list(there), parameters=one.parameters,
-                   flops=one.flops, settings={})
+        one, leader = next(iter(there.values())), known["leaders"].get(run, next(iter(known["runs"])))
+        row = dict(run=run, what=known["runs"][run][0], seeds=list(there), parameters=one.parameters, flops=one.flops,
+                   leader=known["runs"][leader][0] if leader else None, settings={})
         row["other"] = {name: summary([r.other[name] for r in there.values() if name in r.other]) for name in one.other}
-        first = first or there
+        ahead = finished(leader) if leader not in (None, run) else {}
+        both = [seed for seed in there if seed in ahead]
         for s in report.SETTINGS:
             row["settings"][s] = cell = summary([100 * r.right[s].mean() for r in there.values()])
             cell["stderr"] = float(np.mean([100 * r.right[s].std() / len(r.right[s]) ** 0.5 for r in there.values()]))
-            both = [seed for seed in there if seed in first]
-            if first is not there and both:  # over the seeds that both have: the answers' mean item by item
-                ours, theirs = (np.mean([x[seed].right[s] for seed in both], 0) for x in (first, there))
-                differences = [100 * (first[seed].right[s].mean() - there[seed].right[s].mean()) for seed in both]
-                cell["lead"] = summary(differences) | dict(seeds=len(both), p=report.compare(ours, theirs)["p"])
+            if both:
+                cell["lead"] = lead(*([x[seed].right[s] for seed in both] for x in (ahead, there)))
         for kind, name in (("speech", "speech"), ("interleaved", "text"), ("interleaved", "speech")):
             row[f"nll {kind} {name}"] = float(np.mean([r.nll[kind][name] for r in there.values()]))
         rows.append(row)
     return rows
+
+
+def lead(ours, theirs):
+    """By how much ours are right more often, in points: two lists, of the same seeds, of answers float64 [items]."""
+    differences = [100 * (a.mean() - b.mean()) for a, b in zip(ours, theirs)]
+    over_seeds = None
+    if len(differences) > 1:
+        over_seeds = float(ttest_1samp(differences, 0).pvalue) if np.ptp(differences) else float(not differences[0])
+    p_items = report.compare(np.mean(ours, 0), np.mean(theirs, 0))["p"]
+    return summary(differences) | dict(seeds=len(differences), p_seeds=over_seeds, p_items=p_items)
 
 
 def summary(scores):
@@ -195,8 +233,8 @@ def as_markdown(rows):
         return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
     scores = [[r["what"], str(len(r["seeds"])), f"{r['parameters'] / 1e6:.2f}M", f"{r['flops']:.1e}",
                *(spread(r["settings"][s]) for s in report.SETTINGS), f"{r['nll speech speech']:.3f}"] for r in rows]
-    leads = [[r["what"], *(f"{spread(lead)} (p {lead['p']:.1g})" if (lead := r["settings"][s].get("lead")) else "–"
-                           for s in report.SETTINGS)] for r in rows[1:]]
+    leads = [[r["leader"], r["what"], *map(spread_and_p, (r["settings"][s]["lead"] for s in report.SETTINGS))]
+             for r in rows if "lead" in r["settings"]["S"]]
     errors = [f"{min(e):.1f} to {max(e):.1f}" if (e := [r["settings"][s]["stderr"] for r in rows]) else ""
               for s in report.SETTINGS]
     other = [[r["what"], *(spread(r["other"][name]) if name in r["other"] else "–" for name in OTHER)] for r in rows]
@@ -205,8 +243,15 @@ def as_markdown(rows):
         "± is the standard deviation over seeds. The standard error over items, of a seed: "
         + ", ".join(f"{s} {e}" for s, e in zip(report.SETTINGS, errors)) + ".",
         *([table(["% right", *OTHER], other)] if any(r["other"] for r in rows) else []),
-        f"By how much {rows[0]['what']} leads, points:",
-        table(["over", *report.SETTINGS], leads)]) + "\n"
+        "Leads, in points. In brackets p-values: over seeds (t-test: would others show it too?) and over items (would "
+        "others, with these very models?).",
+        table(["the lead of", "over", *report.SETTINGS], leads)]) + "\n"
+
+
+def spread_and_p(lead):
+    """A lead as it stands in a table."""
+    ps = [p for p in (lead["p_seeds"], lead["p_items"]) if p is not None]
+    return f"{spread(lead)} ({', '.join(f'{p:.2g}' if p >= 0.001 else '<0.001' for p in ps)})"
 
 
 def draw(rows, path):
@@ -251,12 +296,13 @@ def make_pictures(c):
              if not commands(run, c.seeds[0], c)}
     for command in STUDIES[c.study]["pictures"]:
         try:
-            arguments = shlex.split(command.format(**there))
+            arguments = [argument.format(**there) for argument in shlex.split(command)]
         except KeyError as run:
             print(f"left out, for run {run} is not there: analyze.py {command}")
             continue
         print(shlex.join(["python", "analyze.py", *arguments]), flush=True)
-        subprocess.run([sys.executable, "analyze.py", *arguments, f"--out={c.out}/pictures"], check=True)
+        if subprocess.run([sys.executable, "analyze.py", *arguments, f"--out={c.out}/pictures"]).returncode:
+            raise SystemExit("analyze.py says above why this failed; the other figures were not begun")
 
 
 def main(argv):

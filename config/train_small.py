@@ -13,9 +13,10 @@ cloze = "data/small/cloze"
 sequence_length = 1024
 batch_tokens = 128 * 1024
 micro_batch = 32
-beta = 0.01
+beta = 0.01  # the paper has 0 at this size; without, a layer selector may collapse onto one layer
 
-# One part in five is text, not one in three: there are 2 million tokens of it, read seven times over even so
+# One part in five is text, not one in three: there are 2 million tokens of it, read eight times over even so, and as
+# often again in interleaved sequences
 stages = dict(
     stage1=dict(steps=150, mixture=dict(interleaved=1), train="new", speech_learning_rate=10 * 3e-4, warmup=20,
                 decay=0.2),

@@ -6,7 +6,8 @@ A spoken twin of BLiMP: minimal pairs as espeak-ng says them, in the layout of Z
         --units=data/demo/units
 
 --source is BLiMP's folder of .jsonl files; the pairs are spread evenly over its paradigms. Each pair is spoken by
---voices of the demo's speakers, the same for both sentences. Writes syntactic/dev/*.wav (16 kHz, 16 bits) and gold.csv
+--voices of the demo's speakers that --speakers names, the same for both sentences; with --hiss=true under hiss, equally
+loud for both, as corpora/demo.py and small.py have it. Writes syntactic/dev/*.wav (16 kHz, 16 bits) and gold.csv
 with columns id, filename, voice, type, subtype, correct, transcription: type is BLiMP's phenomenon, subtype its
 paradigm.
 """
@@ -22,12 +23,13 @@ from tqdm import tqdm
 import speech
 from benchmarks import read_blimp
 from configurator import configure
-from corpora.demo import SPEAKERS
+from corpora.demo import SPEAKERS, add_hiss
 
-DEFAULTS = dict(source="", out="data/spoken_blimp", pairs=2010, voices=2, workers=0)
+DEFAULTS = dict(source="", out="data/spoken_blimp", pairs=2010, voices=2,
+                speakers=list(range(len(SPEAKERS))), hiss=False, workers=0)
 
 
-def rows_of(items, pairs, voices):
+def rows_of(items, pairs, voices, speakers):
     """Rows of gold.csv for `pairs` of BLiMP's items, as many from each paradigm (one more from the first ones)."""
     paradigms, rows = {}, []
     for item in items:
@@ -38,7 +40,7 @@ def rows_of(items, pairs, voices):
             raise ValueError(f"pairs={pairs}: {paradigm} has only {len(its_items)}; give fewer")
         for i, item in enumerate(its_items[:share]):
             for v in range(voices):
-                speaker = (i + n + v * len(SPEAKERS) // voices) % len(SPEAKERS)  # all speakers in turn
+                speaker = speakers[(i + n + v * len(speakers) // voices) % len(speakers)]  # all in turn
                 for correct, sentence in ((1, item["good"]), (0, item["bad"])):
                     name = hashlib.sha256(f"{paradigm} {i} {speaker} {correct}".encode()).hexdigest()[:11]
                     rows.append(dict(id=i, filename=name, voice=f"s{speaker}", type=item["phenomenon"],
@@ -50,8 +52,10 @@ def speak(job):
     """Write one wav; returns its seconds."""
     import soundfile
 
-    path, text, speaker = job
+    path, text, speaker, hiss = job
     waveform, _ = speech.espeak(text, *SPEAKERS[speaker])
+    if hiss:
+        waveform = add_hiss(waveform, hiss, speaker)
     soundfile.write(path, waveform, speech.SAMPLE_RATE, subtype="PCM_16")
     return len(waveform) / speech.SAMPLE_RATE
 
@@ -61,14 +65,18 @@ def main(argv):
     folder = Path(settings["out"]) / "syntactic/dev"
     if folder.exists():
         raise SystemExit(f"{folder}: exists already; remove it or write elsewhere")
-    if not 1 <= settings["voices"] <= len(SPEAKERS):
-        raise SystemExit(f"voices={settings['voices']}: give 1 to {len(SPEAKERS)}")
+    speakers = settings["speakers"]
+    if not speakers or any(speaker not in range(len(SPEAKERS)) for speaker in speakers):
+        raise SystemExit(f"speakers={speakers}: give numbers from 0 to {len(SPEAKERS) - 1}")
+    if not 1 <= settings["voices"] <= len(speakers):
+        raise SystemExit(f"voices={settings['voices']}: give 1 to {len(speakers)}")
     try:
-        rows = rows_of(read_blimp(settings["source"]), settings["pairs"], settings["voices"])
+        rows = rows_of(read_blimp(settings["source"]), settings["pairs"], settings["voices"], speakers)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     folder.mkdir(parents=True)
-    jobs = [(folder / f"{row['filename']}.wav", row["transcription"], int(row["voice"][1:])) for row in rows]
+    jobs = [(folder / f"{row['filename']}.wav", row["transcription"], int(row["voice"][1:]),
+             settings["hiss"] and f"{row['subtype']} {row['id']}") for row in rows]
     with get_context("spawn").Pool(settings["workers"] or os.cpu_count()) as pool:
         seconds = sum(tqdm(pool.imap_unordered(speak, jobs, 16), "speaking", len(jobs), disable=None))
     with open(folder / "gold.csv", "w", encoding="utf-8", newline="") as f:  # last: a folder that has it is whole

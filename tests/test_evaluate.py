@@ -21,6 +21,7 @@ import benchmarks
 import data
 import evaluate
 import report
+import speech
 from model import Config, SmolTolk, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -598,7 +599,28 @@ def test_table_7_is_the_papers():
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole, with real sound and two processes
 
-def test_two_processes_and_real_wavs(demo_folder, tmp_path):
+def test_spoken_pairs_under_hiss(tmp_path):
+    """Only the speakers that are named, and both sentences of a pair as far above their hiss."""
+    soundfile = pytest.importorskip("soundfile")
+    from corpora import demo, spoken_blimp
+
+    write_blimp(tmp_path / "blimp", PAIRS * 3)
+    spoken_blimp.main([f"--source={tmp_path / 'blimp'}", f"--out={tmp_path / 'spoken'}", "--pairs=4", "--workers=1",
+                       "--speakers=[1, 5]", "--hiss=true"])
+    levels = {}
+    for row in benchmarks.read_sblimp(tmp_path / "spoken/syntactic/dev/gold.csv"):
+        heard, _ = soundfile.read(tmp_path / f"spoken/syntactic/dev/{row['filename']}.wav")
+        clean, _ = speech.espeak(row["transcription"], *demo.SPEAKERS[int(row["voice"][1:])])
+        level = 10 * np.log10((clean**2).sum() / ((heard - clean) ** 2).sum())
+        levels.setdefault((row["subtype"], row["id"], row["voice"]), []).append(level)
+    assert {voice for *_, voice in levels} == {"s1", "s5"} and len(levels) == 8
+    assert all(abs(a - b) < 0.5 and 4.5 < a < 15.5 for a, b in levels.values())
+    assert np.std([a for a, _ in levels.values()]) > 1
+    with pytest.raises(SystemExit, match=r"speakers=\[8\]: give numbers from 0 to 7"):
+        spoken_blimp.main(["--speakers=[8]", f"--out={tmp_path / 'x'}"])
+
+
+def test_two_processes_and_real_wavs(demo_folder, tmp_path, monkeypatch):
     soundfile = pytest.importorskip("soundfile")
     from corpora import spoken_blimp
 
@@ -639,6 +661,12 @@ def test_two_processes_and_real_wavs(demo_folder, tmp_path):
     cached = {path.name: np.load(path) for path in (tmp_path / "cache1").iterdir()}
     for path in (tmp_path / "cache2").iterdir():
         np.testing.assert_array_equal(np.load(path), cached[path.name])
+    precise = []  # what listens is not rounded to the precision of the scores
+    monkeypatch.setattr(speech, "units", lambda *_: precise.append(not torch.is_autocast_enabled("cpu")) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main([*arguments, "--tasks=['sblimp']", "--dtype=bfloat16", f"--cache={tmp_path / 'c3'}"])
+    monkeypatch.undo()
+    assert precise == [True]
     wav = next((tmp_path / "spoken/syntactic/dev").glob("*.wav"))
     soundfile.write(wav, np.zeros(100), 16000)  # other sound, so what was kept does not serve
     with pytest.raises(SystemExit, match=f"{wav.name}: too short for a single unit"):

@@ -3,7 +3,12 @@ import csv
 import dataclasses
 import json
 import shlex
+import shutil
+import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ import study
 
 STUDY = dict(runs=dict(ours=("Ours", "config/train_tiny.py"),
                        theirs=("Theirs", "config/baseline_tiny.py --beta=0.5")),
-             evaluate="--tasks='[\"topic_cloze\"]'",
+             leaders={}, evaluate="--tasks='[\"topic_cloze\"]'",
              pictures=["weights --checkpoint={ours}", "scaling --checkpoint={no}"])
 
 
@@ -30,7 +35,8 @@ def finish(folder, right, nll=2.0):
     kinds = dict(speech=dict(speech=nll), interleaved=dict(text=1.0, speech=nll))
     (folder / "results.json").write_text(json.dumps(dict(flops=3e9, nll=kinds)))
     (checkpoint / "files.json").write_text("{}")
-    (checkpoint / "evaluation.json").write_text(json.dumps(dict(parameters=7_000_000)))
+    made = dict(topic_cloze=dict(protocol={}, files=dict(number=len(right))))
+    (checkpoint / "evaluation.json").write_text(json.dumps(dict(parameters=7_000_000, made=made)))
     for setting, answers in right.items():
         np.save(report.item_path(checkpoint / "evaluation.json", "topic_cloze", f"{setting}.right"), answers)
 
@@ -50,7 +56,9 @@ def test_tables(tmp_path, capsys):
     assert ours["settings"]["S"]["std"] == pytest.approx((sum((x - sum(scores) / 3) ** 2 for x in scores) / 2) ** 0.5)
     lead = theirs["settings"]["T->S"]["lead"]
     wanted = [100 * (answers["ours", seed]["T->S"] - answers["theirs", seed]["T->S"]).mean() for seed in (1, 2)]
-    assert lead["mean"] == pytest.approx(sum(wanted) / 2) and lead["seeds"] == 2 and lead["p"] < 0.01
+    assert lead["mean"] == pytest.approx(sum(wanted) / 2) and lead["seeds"] == 2 and lead["p_items"] < 0.01
+    t = np.mean(wanted) / (np.std(wanted, ddof=1) / 2**0.5)
+    assert lead["p_seeds"] == pytest.approx(2 * (0.5 - np.arctan(abs(t)) / np.pi))  # with one degree of freedom: Cauchy
     rows = list(csv.DictReader(open(tmp_path / "study.csv")))
     assert len(rows) == 5 * 4 and float(rows[0]["accuracy"]) == 100 * answers["ours", 1]["T"].mean()
     table = (tmp_path / "study.md").read_text()
@@ -64,7 +72,28 @@ def test_one_seed_is_tested_by_mcnemar(tmp_path):
         finish(tmp_path / f"{run}-1", dict.fromkeys(report.SETTINGS, right))
     study.main(["--study=made_up", f"--out={tmp_path}", "--make=false", "--seeds=[1]"])
     cell = json.loads((tmp_path / "study.json").read_text())["rows"][1]["settings"]["S"]
-    assert cell["std"] is None and cell["lead"]["p"] == pytest.approx(binomtest(12, 22).pvalue)
+    assert cell["std"] is cell["lead"]["p_seeds"] is None
+    assert cell["lead"]["p_items"] == pytest.approx(binomtest(12, 22).pvalue)
+
+
+def test_each_run_is_compared_with_its_leader(tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDY, "runs", STUDY["runs"] | dict(long=("Long", "a"), their_long=("Their long", "b")))
+    monkeypatch.setitem(STUDY, "leaders", dict(long=None, their_long="long"))
+    for i, run in enumerate(STUDY["runs"]):
+        finish(tmp_path / f"{run}-1", dict.fromkeys(report.SETTINGS, np.arange(100) >= 10 * i))
+    study.main(["--study=made_up", f"--out={tmp_path}", "--make=false", "--seeds=[1]"])
+    rows = {row["run"]: row["settings"]["S"] for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
+    assert {run: cell.get("lead", {}).get("mean") for run, cell in rows.items()} == dict(
+        ours=None, theirs=pytest.approx(10), long=None, their_long=pytest.approx(10))
+    table = (tmp_path / "study.md").read_text()
+    assert "| Ours | Theirs | 10.0 (0.002)" in table and "| Long | Their long | 10.0 (0.002)" in table
+
+
+def test_runs_scored_on_other_items_are_not_compared(tmp_path):
+    finish(tmp_path / "ours-1", dict.fromkeys(report.SETTINGS, np.ones(5)))
+    finish(tmp_path / "theirs-1", dict.fromkeys([*report.SETTINGS, "more"], np.ones(5)))
+    with pytest.raises(SystemExit, match="theirs-1.*: other items, or scored in another way, than .*ours-1"):
+        study.main(["--study=made_up", f"--out={tmp_path}", "--make=false", "--seeds=[1]"])
 
 
 def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
@@ -72,29 +101,60 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
     done = []
 
     def pretend(command, log, environment):
-        done.append([x for x in command[1:] if "OMP" not in x])
-        return type("Process", (), dict(poll=lambda self: 0, returncode=0, args=command))()
+        done.append(command[1:])
+        folder = next(x for x in command if "=/" in x).partition("=")[2]
+        if command[1] == "train.py":
+            Path(folder).mkdir(exist_ok=True)
+            (Path(folder) / "results.json").write_text("{}")
+        else:
+            shutil.rmtree(folder)
+            finish(Path(folder), dict.fromkeys(report.SETTINGS, np.ones(5)))
+        return SimpleNamespace(poll=lambda: 0, returncode=0, args=command)
 
-    finish(tmp_path / "ours-1", {})
-    finish(tmp_path / "ours-2", {})
-    (tmp_path / "ours-2/checkpoint-00000009/evaluation.json").unlink()
-    (tmp_path / "theirs-1/checkpoint-00000004").mkdir(parents=True)
+    out = tmp_path / "out 1"
+    for run in ("ours-1", "ours-2", "theirs-3"):
+        finish(out / run, dict.fromkeys(report.SETTINGS, np.ones(5)))
+    (out / "ours-2/checkpoint-00000009/evaluation.json").unlink()
+    (out / "theirs-1/checkpoint-00000004").mkdir(parents=True)
+    (out / "theirs-3/checkpoint-00000009/evaluation.json").write_text(json.dumps(dict(made=dict(blimp={}))))
     monkeypatch.setattr(study, "spawn", pretend)
-    with pytest.raises(FileNotFoundError):  # nothing was really run
-        study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1, 2]", "--jobs=2", "--options=--device=cpu"])
+    settings = ["--study=made_up", f"--out={out}", "--jobs=2", "--options=--device=cpu"]
+    study.main([*settings, "--seeds=[1, 2]"])
     theirs = ["train.py", "config/baseline_tiny.py", "--beta=0.5"]
     score = '--tasks=["topic_cloze"]'
     assert sorted(done) == sorted([
-        [*theirs, "--seed=1", f"--out_dir={tmp_path}/theirs-1", "--device=cpu", "--resume=true"],
-        ["evaluate.py", f"--checkpoint={tmp_path}/theirs-1", score],
-        ["evaluate.py", f"--checkpoint={tmp_path}/ours-2", score],
-        [*theirs, "--seed=2", f"--out_dir={tmp_path}/theirs-2", "--device=cpu"],
-        ["evaluate.py", f"--checkpoint={tmp_path}/theirs-2", score]])
+        [*theirs, "--seed=1", f"--out_dir={out}/theirs-1", "--device=cpu", "--resume=true"],
+        ["evaluate.py", f"--checkpoint={out}/theirs-1", score],
+        ["evaluate.py", f"--checkpoint={out}/ours-2", score],
+        [*theirs, "--seed=2", f"--out_dir={out}/theirs-2", "--device=cpu"],
+        ["evaluate.py", f"--checkpoint={out}/theirs-2", score]])
+    done.clear()
+    study.main([*settings, "--seeds=[3]", "--runs=['theirs']"])  # it was scored in another task only
+    assert done == [["evaluate.py", f"--checkpoint={out}/theirs-3", score]]
+
+
+def test_training_that_was_told_to_end_is_not_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "spawn", lambda command, *_: SimpleNamespace(poll=lambda: 0, returncode=0, args=command))
+    with pytest.raises(SystemExit, match="ours-1.txt: says why this did not come to its end: .*train.py"):
+        study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]"])
+
+
+def test_a_study_that_is_told_to_end_tells_its_runs(tmp_path):
+    endless = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    script = (f"import sys, study; study.commands = lambda run, seed, c: [[sys.executable, '-c', {endless!r}]]; "
+              f"study.main(['--out={tmp_path}', '--seeds=[1]'])")
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
 def test_a_failed_run_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "commands", lambda run, seed, c: [[sys.executable, "-c", "raise SystemExit('oh no')"]])
-    with pytest.raises(SystemExit, match=r"ours-1.txt: says why this failed"):
+    with pytest.raises(SystemExit, match=r"ours-1.txt: says why this did not come to its end"):
         study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]"])
     assert "oh no" in (tmp_path / "ours-1.txt").read_text()
 
@@ -126,13 +186,22 @@ def test_every_command_is_sound(name):
         configure(analyze.DEFAULTS, options)
 
 
+def called_analyze(called):
+    def run(command):
+        called.append(command[1:])
+        return SimpleNamespace(returncode=int(len(called) > 1))
+    return run
+
+
 def test_pictures_of_runs_that_are_there(tmp_path, monkeypatch, capsys):
     finish(tmp_path / "ours-1", dict.fromkeys(report.SETTINGS, np.ones(5)))
     called = []
-    monkeypatch.setattr(study.subprocess, "run", lambda command, check: called.append(command[1:]))
+    monkeypatch.setattr(study.subprocess, "run", called_analyze(called))
     study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]", "--make=false", "--pictures=true"])
     assert called == [["analyze.py", "weights", f"--checkpoint={tmp_path}/ours-1", f"--out={tmp_path}/pictures"]]
     assert "left out, for run 'no' is not there" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="analyze.py says above why this failed"):
+        study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]", "--make=false", "--pictures=true"])
 
 
 def test_equal_tokens_and_equal_compute():
