@@ -440,6 +440,8 @@ COMMANDS = {
 
 
 def main(argv):
+    if {"-h", "--help"} & set(argv[:1]):
+        return print(__doc__)
     if not argv or argv[0] not in COMMANDS:
         hint = f"did you mean {nearest(argv[0], COMMANDS)}?" if argv else f"give one of: {', '.join(COMMANDS)}"
         raise SystemExit(f"convert.py: what to convert? {hint}")

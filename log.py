@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import checkpoint
-import evaluate
+import report
 
 
 class Log:
@@ -134,16 +134,17 @@ def plot_loss(out_dir):
               label=f"{name} sequences")
         curve(axes[1], lambda x, k=name: x.get("nll", {}).get("interleaved", {}).get(k), "s--", color=colour,
               markersize=4, label=f"{name} in interleaved sequences")
-    for (name, (_, after)), style in zip(evaluate.SETTINGS.items(), ("o-", "o-", "s--", "s--")):
-        curve(axes[2], lambda x, k=name: x.get("topic_cloze", {}).get(k, {}).get("accuracy"), style,
-              color=colours[after], markersize=4, label=name)
+    for name, colour in report.COLOURS.items():
+        curve(axes[2], lambda x, k=name: x.get("topic_cloze", {}).get(k, {}).get("accuracy"),
+              "s--" if "->" in name else "o-", color=colour, markersize=4, label=name)
     stages = [(b["step"], b["stage"]) for a, b in zip([{}, *lines], lines) if a.get("stage") != b["stage"]]
     for axis, title, unit in zip(axes, ("training loss", "held-out loss", "Topic-Cloze along the way"),
                                  ("nats per target", "nats per target", "% right (chance: 50)")):
         for step, stage in stages:
             axis.axvline(step, color="0.8", linewidth=1, zorder=0)
-            axis.text(step, 1, f" {stage}", color="0.4", fontsize=8, va="top", transform=axis.get_xaxis_transform())
-        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+            axis.text(step, 1.01, stage, color="0.4", fontsize=8, va="bottom", transform=axis.get_xaxis_transform())
+        axis.set_title(title, pad=16)
+        axis.set(xlabel="optimizer step", ylabel=unit)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)

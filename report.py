@@ -9,7 +9,8 @@ from scipy.stats import binomtest
 from foreign import read_array, read_json
 
 TABLE_7 = Path(__file__).parent / "assets/table7.csv"  # the paper's; Ø: the model lacks the modality, –: not reported
-SETTINGS = ("T", "S", "T->S", "S->T")
+COLOURS = {"T": "#0072B2", "S": "#D55E00", "T->S": "#E69F00", "S->T": "#009E73"}  # Okabe and Ito's
+SETTINGS = tuple(COLOURS)
 
 
 def cloze_table(sums):

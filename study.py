@@ -96,7 +96,6 @@ STUDIES = dict(
                     "{no_layer_pooling}" for what in ("dimension", "overlap")),
                   "scaling --checkpoint={smoltolk_300m},{baseline_300m}"]))
 OTHER = ("BLIMP T", "BLIMP S", "MMLU", "MMLU before speech")
-COLOURS = {"T": "#0072B2", "S": "#D55E00", "T->S": "#E69F00", "S->T": "#009E73"}  # Okabe and Ito's
 
 
 def evaluation(folder):
@@ -120,6 +119,15 @@ def commands(run, seed, c):
     if left or set(wanted["tasks"]) - set(scored.get("made", {})) or (wanted["before"] and "before" not in scored):
         left.append(f"evaluate.py --checkpoint={quoted} {score} {c.scoring}")
     return [[sys.executable, *shlex.split(command)] for command in left]
+
+
+def check_data(c):
+    """SystemExit if what the scores need is not there: before the training, not after it."""
+    wanted, _ = configure(evaluate.DEFAULTS, shlex.split(STUDIES[c.study]["evaluate"]))
+    for key in ("cloze", "units", "sblimp", "blimp", "mmlu", "before"):
+        if wanted[key] != evaluate.DEFAULTS[key] and not Path(wanted[key]).exists():
+            raise SystemExit(f"{wanted[key]}: no such file or folder, and the study is scored with it (evaluate.py's "
+                             f"--{key}); the README says how it is made")
 
 
 def run_all(c):
@@ -263,7 +271,7 @@ def draw(rows, path):
     for axis, s in zip(axes, report.SETTINGS[1:]):
         for y, row in enumerate(rows):
             cell = row["settings"][s]
-            axis.barh(y, cell["mean"] - 50, left=50, color=COLOURS[s], alpha=0.35 if y else 0.7)
+            axis.barh(y, cell["mean"] - 50, left=50, color=report.COLOURS[s], alpha=0.35 if y else 0.7)
             axis.plot(cell["scores"], [y] * len(cell["scores"]), "o", color="black", markersize=3.5)
         axis.axvline(50, color="0.4", linewidth=1)
         axis.set(title=f"{s}", xlabel="% right (chance: 50)", xlim=(45, 100))
@@ -317,6 +325,7 @@ def main(argv):
         raise SystemExit(f"seeds={c.seeds}, jobs={c.jobs}: give whole numbers, like [1, 2, 3], and 1 job or more")
     c.runs, c.out = c.runs or list(known), c.out or f"out/study_{c.study}"
     if c.make:
+        check_data(c)
         run_all(c)
     rows = collect(c)
     if not rows:

@@ -159,6 +159,13 @@ def test_a_failed_run_is_named(tmp_path, monkeypatch):
     assert "oh no" in (tmp_path / "ours-1.txt").read_text()
 
 
+def test_what_scores_need_is_asked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDY, "evaluate", f"--tasks='[\"topic_cloze\", \"mmlu\"]' --mmlu={tmp_path}/mmlu.csv")
+    monkeypatch.setattr(study, "spawn", None)
+    with pytest.raises(SystemExit, match=r"mmlu.csv: no such file or folder.*--mmlu\)"):
+        study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]"])
+
+
 @pytest.mark.parametrize("line, message", [
     ("--study=tony", "did you mean tiny?"), ("--runs=['smoltalk']", "did you mean smoltolk?"),
     ("--seeds=[]", "give whole numbers"), ("--jobs=0", "1 job or more")])
