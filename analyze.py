@@ -215,7 +215,7 @@ def neighbour_distances(x, ranks, device="cpu", at_once=1 << 24):
         return (block[:, ranks] + norm[rows, None]).double()
 
     exact = torch.as_tensor(x, device=device).double()
-    exact -= exact.mean(0)
+    exact = exact - exact.mean(0)
     single, exact_norm, found = exact.float(), exact.square().sum(1), []
     norm = exact_norm.float()
     for rows in torch.arange(len(exact), device=device).split(max(1, at_once // len(exact))):
@@ -322,8 +322,12 @@ def open_models(c):
 
 
 def run_names(c):
+    """A short name for each of c.checkpoint's folders; its whole path, where others have the same."""
     paths = [Path(path).resolve() for path in c.checkpoint.split(",")]
-    return [path.parent.name if path.name.startswith("checkpoint-") else path.name for path in paths]
+    names = [path.parent.name if path.name.startswith("checkpoint-") else path.name for path in paths]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"checkpoint={c.checkpoint}: the same folder twice")
+    return names if len(set(names)) == len(names) else [str(path).strip("/").replace("/", "-") for path in paths]
 
 
 def open_tokenizer(model):
@@ -385,7 +389,7 @@ class Utterance(NamedTuple):
 
 def read_utterances(folder, model, c):
     """Utterances of a paired set; of recordings, if --corpus is set. ValueError if none has two words."""
-    found = read_recordings(folder, c) if c.corpus else read_paired(folder, model, c.units)
+    found = read_recordings(folder, model, c) if c.corpus else read_paired(folder, model, c.units)
     found = list(itertools.islice((u for u in found if len(u.units) > 1), c.utterances))
     if not sum(len(u.boundaries()) for u in found):
         raise ValueError(f"{folder}: no word boundary inside any utterance")
@@ -414,11 +418,13 @@ def read_paired(folder, model, units_folder):
                 first = last
 
 
-def read_recordings(source, c):
+def read_recordings(source, model, c):
     """Utterances of the items that corpora/NAME.py finds, in true time. What cannot be used is left out, aloud."""
     import speech
     from corpora import common
     reader, vocabulary = importlib.import_module(f"corpora.{c.corpus}"), speech.load_units(c.units, c.device)
+    if (wanted := made_with(model.folder)[1]) not in (None, vocabulary.hash):
+        raise ValueError(f"{c.units}: not the units that {model.folder} was trained with ({wanted})")
     settings = dict(kind="paired", aligner="", max_seconds=300.0, mel=False, sa=False)
     for item in (item for path in reader.find(Path(source), settings) for item in reader.read(path, settings)):
         try:
@@ -429,6 +435,8 @@ def read_recordings(source, c):
             n_frames, ends = speech.n_frames(heard.n_samples, vocabulary), np.array([end for _, end in heard.times])
             offsets = speech.word_units(ends, frame_start, n_frames, vocabulary.rate)
             starts = np.append(frame_start, n_frames) / vocabulary.rate
+            if len(ids) >= (most := model.net.config.max_position_embeddings):
+                raise ValueError(f"{item.id}: {len(ids)} units, the model reads {most - 1}")
             yield Utterance(ids.astype(np.int64), item.text.split(), offsets, starts, ends)
         except ValueError as error:
             print(f"left out: {error}")
@@ -792,6 +800,8 @@ def draw_scaling(rows, names, runs):
     for (i, name), (j, (key, unit)) in itertools.product(enumerate(names), enumerate((
             ("flops", "training compute, FLOPs"), ("tokens", "training tokens")))):
         axis, of_name = axes[j, i], [row for row in rows if row["metric"] == name and row[key] > 0]
+        if not of_name:
+            raise ValueError(f"--metrics: {name} was only logged before the first step")
         for run, colour in zip(runs, itertools.cycle(COLOURS)):
             line = [(row[key], row["value"]) for row in of_name if row["run"] == run]
             axis.plot(*zip(*line) if line else ([], []), "o-", color=colour, markersize=4, label=run)
@@ -815,9 +825,15 @@ def main(argv):
     c = SimpleNamespace(**configure(DEFAULTS, argv[1:] if argv[:1] and argv[0] in COMMANDS else ["--help"])[0])
     if c.omega_at not in ("read", "predicted"):
         raise SystemExit(f"omega_at={c.omega_at}: choose read or predicted")
-    for key in ("batch_tokens", "utterances", "drawn_units", "words", "points", "batches", "components"):
+    for key in ("batch_tokens", "utterances", "drawn_units", "words", "points", "batches", "components", "bootstrap"):
         if getattr(c, key) < 1:
             raise SystemExit(f"{key}={getattr(c, key)}: give 1 or more")
+    if c.max_rank < 4 or c.scale < 0 or c.scale & (c.scale - 1) or not 0 < c.clip <= 1:
+        raise SystemExit(f"max_rank={c.max_rank}, scale={c.scale}, clip={c.clip}: give 4 or more; 0 or a power of 2; "
+                         "from 0 to 1")
+    if c.corpus and not (Path(__file__).parent / f"corpora/{c.corpus}.py").is_file() or c.corpus and not c.units:
+        raise SystemExit(f"corpus={c.corpus}, units={c.units}: give the name of a script in corpora/, and a folder of "
+                         "units")
     first = Path(c.checkpoint.split(",")[0])
     c.out = c.out or str((first.parent if first.name.startswith("checkpoint-") else first) / "analysis")
     c.device = pick_device(c.device)

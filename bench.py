@@ -443,11 +443,11 @@ def bench_checkpoint(c, world, folder):
     alone = median_seconds(lambda: step(batches), world.device, c.steps)  # makes the optimizer's state, too
     if world.rank != 0:
         return {}
-    c.out_dir, c.tokenizer, c.units = str(folder.parent / "run"), str(folder / "meta.json"), ""
+    c.out_dir = str(folder.parent / "run")
     writer = checkpoint.Writer()
 
     def save(number):
-        train.save_checkpoint(model, optimizer, dict(total=number), c, {}, writer)
+        train.save_checkpoint(model, optimizer, dict(total=number), c, {}, {}, writer)
     began = now(world.device)
     save(0)
     held = now(world.device) - began
@@ -545,6 +545,9 @@ def main(argv):
             raise SystemExit(f"what={settings['what']}: {part!r} is none of {', '.join(PARTS)}")
     if settings["steps"] < 1 or settings["warmup"] < 0 or settings["micro_batches"] < 1:
         raise SystemExit("steps, micro_batches: give 1 or more; warmup: 0 or more")
+    out = Path(settings["out"])
+    if not out.parent.is_dir() or out.is_dir():
+        raise SystemExit(f"out={out}: give the name of a file in a folder that is there")
     for change in settings["pair"].split():
         apply_override(changed, train.DEFAULTS | OWN, f"--{change}")
     train.reuse_memory()
@@ -559,12 +562,14 @@ def main(argv):
         folder = random_set(Path(temporary) / "set", symbols)  # each process has its own, the same
         for part in parts:
             report[part] = bench_train(c, world, folder, other) if part == "train" else PARTS[part](c, world, folder)
+            if world.rank == 0:  # should the next one fail
+                out.write_text(json.dumps(report, indent=1))
     if "train" in report and world.device.type == "cuda" and "mixed" in report["train"]:
         rate = report["train"]["mixed"]["this"]["tokens_per_second"] / world.size * 3600
         report["hours"] = {f"{tokens // 10**9}B tokens on {n} GPUs": tokens / rate / n
                            for tokens in (16 * 10**9, 32 * 10**9) for n in (4, 64)}
     if world.rank == 0:
-        Path(c.out).write_text(json.dumps(report, indent=1))
+        out.write_text(json.dumps(report, indent=1))
         print(as_table(report))
     if dist.is_initialized():
         dist.destroy_process_group()

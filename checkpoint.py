@@ -91,7 +91,10 @@ class Writer:
         self.wait()
         for key, tensor in tensors.items():
             if key not in self.host or self.host[key].shape != tensor.shape:
-                self.host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                try:
+                    self.host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                except RuntimeError:  # the system does not let so much memory be pinned: copying then takes longer
+                    self.host[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
             # On CUDA only queued, and in the queue of the training step: so the optimizer comes after it by itself
             self.host[key].copy_(tensor, non_blocking=tensor.is_cuda)
         copied = torch.cuda.Event() if any(tensor.is_cuda for tensor in tensors.values()) else None
@@ -202,7 +205,9 @@ def differences(saved, about, free):
             if was and now and part == "data":
                 was, now = was[:2] + now[2:], now  # wherever it lay
             if was != now:
-                (changed if part == "made" or part == "settings" and key in free else refused)[key] = [was, now]
+                judged = part == "data" and key.startswith(("val_", "cloze"))  # only looked at: training stays the same
+                may = part == "made" or judged or part == "settings" and key in free
+                (changed if may else refused)[key] = [was, now]
     return refused, changed
 
 

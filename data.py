@@ -200,6 +200,8 @@ def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
     if folder.exists():
         raise DataError(f"{folder}: exists already; remove it or write elsewhere")
     streams = STREAMS[kind]
+    if (tokenizer and tokenizer.vocab_size > 1 << 16) or (units and units["n_units"] >= 1 << 16):
+        raise DataError(f"{folder}: ids are kept in 16 bits: at most 65536 of a tokenizer and 65535 units")
     eos = {"text": tokenizer.eos if tokenizer else None, "speech": units["n_units"] if units else None}
     tokens, words, starts = {s: [] for s in streams}, {s: [[0]] for s in streams}, [0]
     for document in documents:

@@ -220,6 +220,8 @@ def all_sum(values, world):
 def pick_device(name):
     if name not in ("auto", "cuda", "cpu", "mps"):
         raise SystemExit(f"device={name}: choose auto, cuda, cpu or mps")
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit(f"device={name}: torch {torch.__version__} sees none on this machine; choose auto or cpu")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -309,7 +311,7 @@ def token_log_likelihoods(model, sequences, spans, batch_tokens=16384, progress=
         ids, targets, *tree = (torch.from_numpy(x).to(device) for x in (ids, targets, parent, end, source))
         with torch.inference_mode():
             scored = model(ids, targets, B if text else 0, want=("logp",), tree=smoltolk.Tree(*tree))
-        logp = scored.logp.double().cpu().numpy()
+        logp = scored.logp.cpu().double().numpy()
         for r, row in enumerate(rows):
             for i, path in row.paths:
                 result[at[i]:at[i + 1]] = logp[r, path]
@@ -434,7 +436,7 @@ def score_stories(e, task):
     if (folder / "meta.json").exists() or task == "topic_cloze":
         stories = paired_stories(data.open_set(folder, *e.made_with), e.model.config)
         stories, whole = dict.fromkeys(SETTINGS, stories), False
-        e.used += sorted(folder.iterdir())
+        e.used += sorted([folder / "meta.json", *folder.glob("*.npy")])
     else:
         stories, whole = read_stories(e, folder)
         if whole:
@@ -462,9 +464,10 @@ def hear_files(e, files):
     They are kept under e.c.cache, keyed by the hashes of the units and of all files, and shared out among processes.
     """
     e.used += files
-    files, wanted = sorted(set(files)), files
+    digests = {file: digest(file) for file in set(files)}
+    files, wanted = sorted(digests, key=digests.get), files  # wherever they lie, in this order
     key = f"{fingerprint(files)['sha256'][:16]}-{str(e.made_with[1])[:16]}"
-    paths = [Path(e.c.cache) / f"{key}.{name}.npy" for name in ("units", "offsets")]
+    paths = [Path(e.c.cache) / f"{key}.{name}.npy" for name in ("ids", "offsets")]
     if all_sum([float(all(path.exists() for path in paths))], e.world) < e.world.size:
         if not e.c.units:
             raise ValueError("units: the folder of speech units is needed for wavs; set --units=FOLDER")
@@ -722,7 +725,7 @@ def choose_tasks(c, has_speech):
 
 def evaluate(folder, c, world, path):
     """Score a checkpoint -> results, also written to path (json), its .md and, by item, its .items. ValueError."""
-    folder = newest_checkpoint(folder)
+    folder = Path(folder)
     has_speech = (folder / "speech.safetensors").exists()
     names = choose_tasks(c, has_speech)
     model = smoltolk.from_pretrained(folder).to(world.device).eval()
@@ -756,13 +759,46 @@ def write(results, path):
     path.with_suffix(".md").write_text(as_markdown(results))
 
 
+def check_spans(c):
+    """SystemExit if the lengths of spans in interleaved sequences make no sense."""
+    for key in ("text_span", "speech_span"):
+        span = getattr(c, key)
+        if [type(n) for n in span] != [int, int] or not 1 <= span[0] <= span[1]:
+            raise SystemExit(f"{key}={span}: give the least and the most words of a span, like [5, 15]")
+
+
+def check_settings(c):
+    """SystemExit, before anything is scored, for what could not be used after it."""
+    check_spans(c)
+    if c.dtype not in ("float32", "bfloat16"):
+        raise SystemExit(f"dtype={c.dtype}: choose float32 or bfloat16")
+    if min(c.batch_tokens, *(options.get("prefix", 0) for options in c.protocol.values())) < 0 or c.val_sequences < 1:
+        raise SystemExit("batch_tokens, protocol.TASK.prefix: give 0 or more; val_sequences: 1 or more")
+    path = Path(c.out or Path(c.checkpoint) / "evaluation.json")
+    if not path.parent.is_dir() or path.is_dir() or path.suffix != ".json":
+        raise SystemExit(f"out={path}: give the name of a .json file in a folder that is there")
+    if c.versus.endswith(".json") and not Path(c.versus).is_file():
+        raise SystemExit(f"versus={c.versus}: no such file")
+    wanted = made_with(Path(c.checkpoint))[1]
+    if c.units and wanted not in (None, speech.read_vocabulary(c.units)[0]["hash"]):
+        raise SystemExit(f"{c.units}: not the units that {c.checkpoint} was trained with ({wanted})")
+    if c.before and not c.mmlu:
+        raise SystemExit(f"before={c.before}: is scored on MMLU alone; set --mmlu too")
+    return path
+
+
 def main(argv):
     settings, _ = configure(DEFAULTS, argv)
     c, world = SimpleNamespace(**settings), join_world(settings["device"])
     c.batch_tokens = c.batch_tokens or (512 if world.device.type == "cpu" else 16384)
-    path = Path(c.out or newest_checkpoint(c.checkpoint) / "evaluation.json")
-    if not path.parent.is_dir():
-        raise SystemExit(f"{path.parent}: no such folder; set --out to a file in one that is there")
+    c.protocol = {task: options | c.protocol.get(task, {}) for task, options in DEFAULTS["protocol"].items()}
+    for key in ("checkpoint", "before", "versus"):  # of a run that is still writing them too, the same for all
+        if (folder := getattr(c, key)) and not folder.endswith(".json"):
+            setattr(c, key, on_first(lambda folder=folder: str(newest_checkpoint(folder)), world))
+    try:
+        path = check_settings(c)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     try:
         results = evaluate(c.checkpoint, c, world, path)
         if c.before and "mmlu" in results:

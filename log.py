@@ -53,7 +53,10 @@ class Log:
             self.torn = True
             tqdm.write(f"{self.path}: {error}. Training goes on, the line is written with the next", file=sys.stderr)
         for out in self.out:
-            out(line)
+            try:
+                out(line)
+            except Exception as error:  # of the network, say; log.jsonl has all
+                tqdm.write(f"a line of the log was not sent on ({error}). Training goes on", file=sys.stderr)
         tqdm.write(text)
 
     def changed(self, line):
@@ -111,7 +114,10 @@ def flat(line, prefix=""):
 def read_log(out_dir):
     path = Path(out_dir) / "log.jsonl"
     lines = path.read_text().split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line end is empty, or torn by a crash
+    try:
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last line end is empty, or torn by a crash
+    except ValueError as error:
+        raise SystemExit(f"{path}: a line in it is no json ({error}); mend or remove it") from None
 
 
 def plot_loss(out_dir):

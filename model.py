@@ -206,7 +206,7 @@ class Past(NamedTuple):
 
 
 def new_cache(model, rows, length):
-    """An empty Cache for rows of up to length symbols, on the model's device and in its precision."""
+    """An empty Cache for rows of up to length symbols, on the model's device and in its precision (not autocast's)."""
     c, like = model.config, model.model.embed_tokens.weight
     if length > c.max_position_embeddings:
         raise ValueError(f"{length} positions, the model has max_position_embeddings={c.max_position_embeddings}")
@@ -255,7 +255,7 @@ def attend(q, k, v, runs=None):
         return attend_past(q, k, v, runs)
     if runs is not None and runs.bounds is not None:
         return attend_runs(*(t.flatten(0, 1) for t in (q, k, v)), runs.bounds, runs.longest).view(q.shape)
-    if runs is not None:  # with a mask, CUDA's memory-saving kernels want as many key heads as query heads
+    if runs is not None or q.is_cuda and q.dtype == torch.float32:  # CUDA's memory-saving kernels then want equal heads
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, head_dim]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if runs is None else runs.mask, is_causal=runs is None,
@@ -444,7 +444,8 @@ class SmolTolk(nn.Module):
             if self.input_adapter:
                 dtype = self.model.embed_tokens.weight.dtype
                 half = dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(ids.device.type)
-                runs = find_runs(is_speech[text_rows:], ids.is_cuda and half, n_runs)
+                flash = ids.is_cuda and half and rope.size(-1) % 8 == 0 and rope.size(-1) <= 256
+                runs = find_runs(is_speech[text_rows:], flash, n_runs)
         return rope, [runs] * c.input_adapter_layers, [seen] * c.num_hidden_layers, [seen] * c.output_adapter_layers
 
     def is_speech(self, ids):
@@ -476,7 +477,8 @@ class SmolTolk(nn.Module):
         if self.config.layer_pooling == "fixed":
             return mixed, None
         log_omega = self.layer_selector(mixed).float().log_softmax(-1)
-        return sum(w * c for w, c in zip(log_omega.exp().split(1, dim=-1), layers)), log_omega  # Eq. 3
+        omega = log_omega.exp().to(layers[0].dtype)
+        return sum(w * c for w, c in zip(omega.split(1, dim=-1), layers)), log_omega  # Eq. 3
 
     def text_logits(self, x):
         return F.linear(x, self.model.embed_tokens.weight)

@@ -79,7 +79,7 @@ def compare_results(first, second):
         for key in ("protocol", "files"):
             if a[key] != b[key]:
                 raise ValueError(f"{second}: {task} has other {key} than {first}; score both the same way")
-        for name in a["items"]:
+        for name in (name for name in a["items"] if name in b["items"]):
             arrays = [np.array(read_array(item_path(path, task, name))) for path in (first, second)]
             if arrays[0].shape != arrays[1].shape:
                 raise ValueError(f"{item_path(second, task, name)}: {arrays[1].shape} items, not {arrays[0].shape}")
@@ -134,10 +134,12 @@ def score_rows(results):
         part = results[task]
         parts = {"": part} if "accuracy" in part or "nll" in part else part
         parts = {k: v for k, v in parts.items() if isinstance(v, dict) and "stderr" in v}
+        made = results["made"][task]
+        protocol = made["protocol"] | {k: v for k, v in made.get("notes", {}).items() if k in made["protocol"]}
         for name, row in parts.items():
             unit, n = ("nll", "documents") if "nll" in row else ("accuracy", "items")
             rows.append([f"{task} {name}".strip(), f"{row[unit]:.{3 if unit == 'nll' else 2}f} ± {row['stderr']:.2g}",
-                         f"{row[n]} {n}", ", ".join(f"{k}={v}" for k, v in results["made"][task]["protocol"].items())])
+                         f"{row[n]} {n}", ", ".join(f"{k}={v}" for k, v in protocol.items())])
     return rows
 
 

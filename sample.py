@@ -130,8 +130,9 @@ def generate(model, openings, plan, pick, compiled=False):
             text_rows = len(openings) if modality == "text" and part == len(plan) - 1 else 0
             alive = alive & (drawn != eos)
             pending = torch.where(alive[:, None], drawn[:, None] + first_id, pending)
-            going = [goes and symbol != eos for goes, symbol in zip(going, drawn.tolist())]
-            yield part, [symbol if goes else None for goes, symbol in zip(going, drawn.tolist())]
+            symbols = drawn.tolist()
+            going = [goes and symbol != eos for goes, symbol in zip(going, symbols)]
+            yield part, [symbol if goes else None for goes, symbol in zip(going, symbols)]
             if not any(going):
                 break
 

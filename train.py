@@ -123,7 +123,7 @@ def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
 
@@ -159,10 +159,7 @@ def check_settings(c, name, world):
             raise SystemExit(f"{key}={getattr(c, key)}: give 0 or more")
     if c.grad_clip <= 0:
         raise SystemExit(f"grad_clip={c.grad_clip}: give a positive norm, 1e9 for none")
-    for key in ("text_span", "speech_span"):
-        span = getattr(c, key)
-        if not (isinstance(span, list) and len(span) == 2 and 1 <= span[0] <= span[1]):
-            raise SystemExit(f"{key}={span}: give the least and the most words of a span, like [5, 15]")
+    evaluate.check_spans(c)
     sequences, rest = divmod(c.batch_tokens, c.sequence_length)
     if rest or sequences % world.size or sequences == 0:
         raise SystemExit(f"batch_tokens={c.batch_tokens} is not a whole number of sequences of {c.sequence_length} for"
@@ -170,6 +167,14 @@ def check_settings(c, name, world):
                          f" {c.sequence_length * world.size}")
     if c.dtype not in ("auto", "bfloat16", "float32"):
         raise SystemExit(f"dtype={c.dtype}: choose auto, bfloat16 or float32")
+    for key, value in vars(c).items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise SystemExit(f"{key}={value}: give a finite number")
+    if not (0 <= c.beta1 < 1 and 0 <= c.beta2 < 1 and 0 <= c.seed < 1 << 63):
+        raise SystemExit(f"beta1={c.beta1}, beta2={c.beta2}, seed={c.seed}: from 0 to less than 1; a seed of 0 or more")
+    for asked, package in ((c.wandb_project, "wandb"), (c.tensorboard, "tensorboard")):
+        if asked and not importlib.util.find_spec(package):
+            raise SystemExit(f"{package} is not installed: pip install {package}, or leave it out")
     return c
 
 
@@ -191,8 +196,9 @@ def check_stage(name, stage):
             raise SystemExit(f"stages.{name}.mixture: {kind}={parts!r}; give text, speech, interleaved in whole parts")
     if not stage["mixture"] or stage["train"] not in ("all", "new", "text"):
         raise SystemExit(f"stages.{name}: needs a mixture, and train is 'all', 'new' or 'text', not {stage['train']!r}")
-    if stage["steps"] < 1 or stage["warmup"] < 0 or not 0 <= stage["decay"] <= 1 or stage["learning_rate"] < 0:
-        raise SystemExit(f"stages.{name}: give steps of 1 or more, warmup and learning_rate of 0 or more, decay 0..1")
+    if stage["steps"] < 1 or stage["warmup"] < 0 or not 0 <= stage["decay"] <= 1 or not (
+            0 <= stage["learning_rate"] < np.inf and 0 <= stage["speech_learning_rate"] < np.inf):
+        raise SystemExit(f"stages.{name}: give steps of 1 or more, warmup and learning rates of 0 or more, decay 0..1")
     stage["speech_learning_rate"] = stage["speech_learning_rate"] or stage["learning_rate"]
 
 
@@ -203,6 +209,7 @@ class Data(NamedTuple):
     held: dict                # the same, held out
     cloze: data.DataSet | None
     units: str | None         # the hash of the speech units
+    beside: dict              # {name: contents} of tokenizer.json and units.json, as they were read
 
 
 def open_data(c, world):
@@ -212,9 +219,10 @@ def open_data(c, world):
             importlib.import_module("corpora.demo").make(c.demo)  # returns at once if it is there
         if dist.is_initialized():
             dist.barrier()
-    tokenizer = data.Tokenizer(c.tokenizer)
+    tokenizer, beside = data.Tokenizer(c.tokenizer), {"tokenizer.json": Path(c.tokenizer).read_bytes()}
     try:
-        described = dict(json.loads((Path(c.units) / "units.json").read_text())) if c.units else {}
+        beside |= {"units.json": (Path(c.units) / "units.json").read_bytes()} if c.units else {}
+        described = dict(json.loads(beside["units.json"])) if c.units else {}
     except (OSError, ValueError, TypeError) as e:
         raise SystemExit(f"{c.units}/units.json: cannot be read ({e}); set --units to the units' folder") from None
     c.vocab_size, c.n_units = c.vocab_size or tokenizer.vocab_size, c.n_units or described.get("n_units", 0)
@@ -229,8 +237,30 @@ def open_data(c, world):
     train = {k: data.open_source(k, getattr(c, k), *made_with, length) for k in sorted(kinds)}
     held = {k: data.open_source(k, getattr(c, f"val_{k}"), *made_with, length)
             for k in ("text", "speech", "interleaved") if getattr(c, f"val_{k}")}
-    return Data(tokenizer, train, held, data.open_set(c.cloze, *made_with) if c.cloze else None,
-                described.get("hash"))
+    cloze = data.open_set(c.cloze, *made_with) if c.cloze else None
+    shards = [shard for source in [*train.values(), *held.values()] for shard in source.shards]
+    for shard in [*shards, cloze] if cloze else shards:
+        if shard.meta.get("speech", {}).get("n_units", c.n_units) != c.n_units:
+            raise data.DataError(f"{shard.folder}: {shard.meta['speech']['n_units']} units, the model has {c.n_units}; "
+                                 "set --units to those that it was made with")
+    if cloze:
+        try:
+            positions = smoltolk.read_config(c.init_from).max_position_embeddings if c.init_from else 2048
+        except ValueError as e:  # says which file and what
+            raise SystemExit(str(e)) from None
+        check_cloze(cloze, max(positions, c.sequence_length))
+    return Data(tokenizer, train, held, cloze, described.get("hash"), beside)
+
+
+def check_cloze(cloze, positions):
+    """DataError for a Topic-Cloze set that could not be scored, which would else be found after the training."""
+    if cloze.meta["kind"] != "paired" or cloze.meta["documents"] % 3:
+        raise data.DataError(f"{cloze.folder}: a cloze set is a paired set with its documents in threes")
+    sizes = [np.diff(words[cloze.documents]) - 1 for words in (cloze.text_words, cloze.speech_words)]  # without EOS
+    opening, true, false = np.maximum(*sizes).reshape(-1, 3).T
+    if np.min(sizes) < 1 or (opening + np.maximum(true, false)).max() + 1 > positions:  # with EOS and switch
+        raise data.DataError(f"{cloze.folder}: a document is empty, or longer with its ending than the {positions} "
+                             "positions of the model")
 
 
 def build_model(c, tokenizer):
@@ -280,6 +310,8 @@ def make_runner(model, c, world):
     model.head_piece = torch.compile(smoltolk.head_piece) if c.compile else smoltolk.head_piece
     runner = torch.compile(model) if c.compile else model
     if dist.is_initialized():
+        for p in model.parameters():  # these become its buckets; gradients made later would lie beside them until sent
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         runner = DistributedDataParallel(runner, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
                                          gradient_as_bucket_view=True, broadcast_buffers=False)
     return runner
@@ -339,7 +371,7 @@ def train_step(model, optimizer, batches, c, world, autocast, stopping=0):
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
     optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not dist.is_initialized())  # see make_runner
     return sums, counts, norm
 
 
@@ -392,7 +424,7 @@ def train_stage(name, model, place, run):
     def save():
         place["since"] = keep_since(since, world)
         if world.rank == 0:
-            save_checkpoint(model, optimizer, place, c, run.about, run.writer)
+            save_checkpoint(model, optimizer, place, c, run.opened.beside, run.about, run.writer)
 
     since = start_since(world, place["since"] if place["step"] else None)
     stop = all_sum([len(run.heard)], world).item() > 0
@@ -503,7 +535,7 @@ def held_out(model, run, n_sequences, cloze_items=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints, and the step that was not finite
 
-def save_checkpoint(model, optimizer, place, c, about, writer):
+def save_checkpoint(model, optimizer, place, c, beside, about, writer):
     """Start writing checkpoint-<step> in the writer's thread; training is held while tensors are copied."""
     folder, place = Path(c.out_dir) / f"checkpoint-{place['total']:08d}", dict(place)
     weights, moments = model.state_dict(), optimizer_state(optimizer, model)
@@ -513,17 +545,16 @@ def save_checkpoint(model, optimizer, place, c, about, writer):
             return
         with checkpoint.whole_folder(folder, manifest=True) as new:
             write_state(new, model, {name: copies[name] for name in weights}, {name: copies[name] for name in moments},
-                        c, dict(place=place, **about))
+                        beside, dict(place=place, **about))
         checkpoint.prune(c.out_dir, c.keep_checkpoints, c.keep_every)
     writer.start(folder, weights | moments, write)
 
 
-def write_state(folder, model, weights, moments, c, about):
+def write_state(folder, model, weights, moments, beside, about):
     """The model's folder, tokenizer.json, units.json, optimizer.safetensors and train.json (about)."""
     smoltolk.save_pretrained(model, folder, state=weights)
-    shutil.copy(c.tokenizer, folder / "tokenizer.json")
-    if c.units:
-        shutil.copy(f"{c.units}/units.json", folder / "units.json")
+    for name, contents in beside.items():
+        (folder / name).write_bytes(contents)
     save_file(moments, folder / "optimizer.safetensors")
     (folder / "train.json").write_text(json.dumps(about, indent=1))
 
@@ -561,7 +592,7 @@ def stop_not_finite(model, optimizer, place, stage, number, run, autocast):
         run.writer.wait()
         shutil.rmtree(folder, ignore_errors=True)
         with checkpoint.whole_folder(folder, manifest=True) as new:
-            write_state(new, model, model.state_dict(), optimizer_state(optimizer, model), c,
+            write_state(new, model, model.state_dict(), optimizer_state(optimizer, model), run.opened.beside,
                         dict(place=place, **run.about, text_rows=[b.text_rows for b in batches], sequences=names))
             save_file({str(i): b.tokens for i, b in enumerate(batches)}, new / "batches.safetensors")
     on_first(write, world)

@@ -501,6 +501,11 @@ def test_recordings_in_true_time(world, tmp_path):
     [(ids, frame_start)] = speech.units([waveform], vocabulary)
     assert u.units.tolist() == ids.tolist() and u.starts[:-1].tolist() == (frame_start / 25).tolist()
     assert u.times() == pytest.approx(0.3 * np.arange(7) + 0.25)
+    (tmp_path / "wrong").mkdir()
+    codebook = vocabulary._replace(centroids=vocabulary.centroids + 1)
+    speech.save_mel_units(tmp_path / "wrong", codebook._replace(hash=speech.vocabulary_hash(codebook.centroids)))
+    with pytest.raises(ValueError, match="wrong: not the units that .* was trained with"):
+        analyze.read_utterances(tmp_path / "test", *opened(world, corpus="manifest", units=str(tmp_path / "wrong")))
     rows, about = run((world[0], tmp_path), "segmentation", tmp_path / "out", corpus="manifest",
                       units=world[1] / "units", tolerance_ms=60)
     assert about["models"]["small"]["times"] == "true"
@@ -509,6 +514,11 @@ def test_recordings_in_true_time(world, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["segment"], "segment: no such command; write one of segmentation"),
+    (["weights", "--corpus=foo", "--units=x"], "corpus=foo, units=x: give the name of a script"),
+    (["weights", "--corpus=timit"], "corpus=timit, units=: give the name"),
+    (["dimension", "--max_rank=1"], "max_rank=1, .*: give 4 or more"),
+    (["dimension", "--scale=6"], "scale=6, .*0 or a power of 2"),
+    (["dimension", "--clip=95"], "clip=95.0: .*from 0 to 1"),
     (["weights", "--utterance=999"], "--utterance=999: .* has 0 to"),
     (["weights", "--omega_at=here"], "omega_at=here: choose read or predicted"),
     (["overlap", "--words=500"], "0 subsequences of 500 words, too few for 5 batches"),

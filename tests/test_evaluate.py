@@ -599,6 +599,38 @@ def test_table_7_is_the_papers():
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole, with real sound and two processes
 
+def test_what_was_heard_is_kept_by_content_not_by_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(speech, "load_units", lambda *_: type("Units", (), dict(hash="h")))
+    monkeypatch.setattr(speech, "read_audio", lambda path: int(Path(path).read_text()))
+    monkeypatch.setattr(speech, "units", lambda waves, _: [(np.full(wave, wave, np.uint16), None) for wave in waves])
+    model = tiny_model()
+
+    def hear(*files):
+        c = type("C", (), dict(cache=str(tmp_path / "cache"), units="u"))
+        e = type("E", (), dict(c=c, used=[], made_with=(None, "h"), model=model, world=evaluate.World()))
+        return [len(ids) for ids in evaluate.hear_files(e, list(files))]
+
+    for folder, name, n in (("x", "1", 3), ("y", "0", 2), ("flat", "1", 3), ("flat", "0", 2)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{name}.wav").write_text(str(n))
+    assert hear(tmp_path / "x/1.wav", tmp_path / "y/0.wav") == [3, 2]
+    monkeypatch.setattr(speech, "units", None)  # they are kept now
+    assert hear(tmp_path / "flat/0.wav", tmp_path / "flat/1.wav") == [2, 3]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--dtype=float16", "dtype=float16: choose float32 or bfloat16"), ("--out=x/y.json", "in a folder that is there"),
+    ("--out=y.md", "give the name of a .json file"), ("--versus=no.json", "versus=no.json: no such file"),
+    ("--versus=nowhere", "nowhere: no checkpoint here"), ("--before=nowhere", "nowhere: no checkpoint here"),
+    ("--text_span=[5]", "text_span=.*: give the least and the most"), ("--batch_tokens=-5", "give 0 or more"),
+    ("--protocol.topic_cloze.prefix=-3", "give 0 or more"), ("--device=mps", "choose auto or cpu")])
+def test_settings_are_checked_before_anything_is_scored(tmp_path, monkeypatch, line, message):
+    save_pretrained(tiny_model(), tmp_path)
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main([f"--checkpoint={tmp_path}", "--device=cpu", line])
+
+
 def test_spoken_pairs_under_hiss(tmp_path):
     """Only the speakers that are named, and both sentences of a pair as far above their hiss."""
     soundfile = pytest.importorskip("soundfile")

@@ -124,6 +124,18 @@ def test_equations(overrides):
         torch.testing.assert_close(out.speech_logits[row], speech, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("overrides", ABLATIONS, ids=str)
+@torch.no_grad()
+def test_half_precision_weights(overrides):
+    """As sample.py and bench.py have them, without autocast."""
+    m, ids = make(**overrides), interleaved(rows=2, length=18)
+    whole = m(ids, logits=slice(None))
+    half = m.bfloat16()(ids, logits=slice(None))
+    for name in ("text_logits", "speech_logits"):
+        exact, rounded = getattr(whole, name), getattr(half, name)
+        assert rounded.dtype == torch.bfloat16 and (rounded - exact).square().mean() < 0.01 * exact.square().mean()
+
+
 @torch.no_grad()
 def test_log_likelihoods_and_loss():
     m, ids = make(), interleaved(6, 41)

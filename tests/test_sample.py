@@ -322,6 +322,12 @@ def test_back_and_forth_and_a_batch(folder, capsys, tmp_path):
                 assert len(json.loads(one.read_text())) <= at_most
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(folder, capsys, tmp_path, dtype):
+    talk(folder, capsys, tmp_path, "--prompt=It is", "--to=speech:5,text:5", f"--dtype={dtype}")
+    assert len(json.loads((tmp_path / "answer-1.json").read_text())) <= 5
+
+
 def test_settings_from_a_file_and_a_plain_text_model(folder, capsys, tmp_path):
     (tmp_path / "two.py").write_text('prompt = ["It is", "a wife"]\nmax_new = 5\nto = "text"\n')
     text, _ = talk(folder, capsys, tmp_path, str(tmp_path / "two.py"), model="text")

@@ -1,4 +1,5 @@
 """train.py and evaluate.py: stages, processes, resuming, and the final table."""
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import configurator
 import data
 import evaluate
@@ -205,6 +207,13 @@ def test_weight_decay_on_matrices_only():
     (dict(n_units=29), "n_units=29: .*units.json has 30"),
     (dict(eval_interval=0), "eval_interval=0: give 1 or more"),
     (dict(grad_clip=0), "grad_clip=0.0: give a positive norm"),
+    (dict(units="", n_units=29), ": 30 units, the model has 29; set --units"),
+    (dict(beta1=1), "beta1=1.0, .*: from 0 to less than 1"),
+    (dict(seed=1 << 64), "seed=18446744073709551616: .*a seed of 0 or more"),
+    (dict(beta="1e999"), "beta=inf: give a finite number"),
+    (dict(wandb_project="x"), "wandb is not installed: pip install wandb"),
+    (dict(text_span=["a", "b"]), "text_span=.*: give the least and the most"),
+    (dict(stages=dict(s=dict(steps=1, mixture=dict(text=1), speech_learning_rate=-1))), "learning rates of 0 or more"),
     (dict(input_adapter_layers=-1), "input_adapter_layers=-1: give 0 or more"),
     (dict(text_span=[30, 10]), r"text_span=\[30, 10\]: give the least and the most"),
     (dict(stages={}), "stages: empty"),
@@ -223,6 +232,51 @@ def test_bad_settings_end_in_one_line(demo_folder, tmp_path, more, message):
     with pytest.raises(SystemExit, match=message) as stop:
         train.main(arguments(demo_folder, tmp_path / "out", **more))
     assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()
+
+
+def test_a_cloze_set_that_cannot_be_scored_is_refused_first(demo_folder, tmp_path):
+    good = data.open_set(demo_folder / "cloze")
+    train.check_cloze(good, 2048)
+    longest = max(len(x) for i in range(0, good.meta["documents"], 3) for j in (1, 2)
+                  for x in (np.append(good.document(i)[1][:-1], good.document(i + j)[1]),))
+    train.check_cloze(good, longest + 1)
+    with pytest.raises(SystemExit, match=f"empty, or longer with its ending than the {longest - 1} positions"):
+        train.check_cloze(good, longest - 1)
+    for wrong in ("text", "paired"):
+        with pytest.raises(SystemExit, match="paired set with its documents in threes"):
+            one_more = good._replace(meta=good.meta | dict(documents=good.meta["documents"] + 1))
+            train.check_cloze(one_more if wrong == "paired" else data.open_set(demo_folder / wrong), 2048)
+
+
+def test_what_is_only_looked_at_may_change():
+    was = {"text[0]": ["a", 1.0, "here"], "val_text[0]": ["b", 1.0, "here"], "cloze[0]": ["c", 1.0, "here"]}
+    now = {key: [digest + "!", *rest] for key, (digest, *rest) in was.items()}
+    refused, changed = checkpoint.differences(dict(settings={}, data=was, made={}),
+                                              dict(settings={}, data=now, made={}), set())
+    assert list(refused) == ["text[0]"] and sorted(changed) == ["cloze[0]", "val_text[0]"]
+
+
+def test_gradients_are_the_buckets_that_are_sent(tmp_path):
+    """In no micro-batch does a second copy of them lie beside."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model, world = tiny_model(), evaluate.World()
+        c = SimpleNamespace(recompute=False, compile=False, beta=0.0, grad_clip=1.0, weight_decay=0.1, beta1=0.9,
+                            beta2=0.95)
+        train.set_trainable(model, "new")
+        optimizer = train.make_optimizer(model, c, world.device)
+        runner = train.make_runner(model, c, world)
+        seen = []
+        first = next(p for p in model.parameters() if p.requires_grad)
+        first.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.data_ptr()))
+        rows = np.random.default_rng(0).integers(0, 61, (4, 20))
+        batches = [data.make_batch(rows[i:i + 2], 0, model.config) for i in (0, 2)]
+        for _ in range(3):
+            train.train_step(runner, optimizer, batches, c, world, contextlib.nullcontext())
+        assert seen[0] == seen[1] and len(set(seen[2:])) == 1  # after the first step the buckets are made once more
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_run_goes_on_only_as_it_began(run, demo_folder):
