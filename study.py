@@ -43,7 +43,8 @@ pictures = False           # make analyze.py's figures too
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, str, list)) and not k.startswith("_")}
 
 # runs {run: (what it is, its train.py command without seed and folder)}; leaders {run: the one whose lead over it is
-# shown}, where that is not the first; options of evaluate.py; commands of analyze.py, {run} being the run's folder
+# shown}, where that is not the first; options of evaluate.py; before: those for the text LM that all start from, scored
+# once; commands of analyze.py, {run} being the run's folder
 STUDIES = dict(
     tiny=dict(
         runs=dict(
@@ -59,7 +60,7 @@ STUDIES = dict(
             no_layer_pooling=("- layer pooling", "config/ablation_no_layer_pooling_tiny.py"),
             no_dynamic_pooling=("- dynamic pooling", "config/ablation_no_dynamic_pooling_tiny.py"),
             no_residual=("- residual", "config/ablation_no_residual_tiny.py")),
-        leaders={},
+        leaders={}, before="",
         evaluate="--tasks='[\"topic_cloze\"]'",
         pictures=["segmentation --checkpoint={smoltolk} --units=data/demo/units", "weights --checkpoint={smoltolk}",
                   "dimension --checkpoint={smoltolk},{baseline} --points=1000",
@@ -88,14 +89,15 @@ STUDIES = dict(
                      **{f"smoltolk_rate_{rate}": None for rate in ("1e-4", "3e-4", "1e-3")},
                      **{f"baseline_rate_{rate}": f"smoltolk_rate_{rate}" for rate in ("1e-4", "3e-4", "1e-3")}),
         evaluate="--tasks='[\"topic_cloze\",\"sblimp\",\"blimp\",\"mmlu\"]' --cloze=data/small/cloze "
-                 "--units=data/small/units --sblimp=data/spoken_blimp --blimp=data/blimp --mmlu=data/mmlu.csv "
-                 "--before=weights/smollm2-135m",
+                 "--units=data/small/units --sblimp=data/spoken_blimp --blimp=data/blimp --mmlu=data/mmlu.csv",
+        before="--checkpoint=weights/smollm2-135m --tasks='[\"topic_cloze\",\"blimp\",\"mmlu\"]' "
+               "--cloze=data/small/cloze --blimp=data/blimp --mmlu=data/mmlu.csv",
         pictures=["segmentation --checkpoint={smoltolk} --data=data/small/test --val=data/small/val --utterances=500 "
                   "--units=data/small/units", "weights --checkpoint={smoltolk} --data=data/small/test --utterances=500",
                   *(f"{what} --data=data/small/test --checkpoint={{smoltolk}},{{baseline}},{{no_adapters}},"
                     "{no_layer_pooling}" for what in ("dimension", "overlap")),
                   "scaling --checkpoint={smoltolk_300m},{baseline_300m}"]))
-OTHER = ("BLIMP T", "BLIMP S", "MMLU", "MMLU before speech")
+OTHER = ("BLIMP T", "BLIMP S", "MMLU")
 
 
 def evaluation(folder):
@@ -116,7 +118,7 @@ def commands(run, seed, c):
         said = STUDIES[c.study]["runs"][run][1]
         train = f"train.py {said} --seed={seed} --out_dir={quoted} {c.options}"
         left.append(f"{train} --resume=true" if there else train)
-    if left or set(wanted["tasks"]) - set(scored.get("made", {})) or (wanted["before"] and "before" not in scored):
+    if left or set(wanted["tasks"]) - set(scored.get("made", {})):
         left.append(f"evaluate.py --checkpoint={quoted} {score} {c.scoring}")
     return [[sys.executable, *shlex.split(command)] for command in left]
 
@@ -124,7 +126,7 @@ def commands(run, seed, c):
 def check_data(c):
     """SystemExit if what the scores need is not there: before the training, not after it."""
     wanted, _ = configure(evaluate.DEFAULTS, shlex.split(STUDIES[c.study]["evaluate"]))
-    for key in ("cloze", "units", "sblimp", "blimp", "mmlu", "before"):
+    for key in ("cloze", "units", "sblimp", "blimp", "mmlu"):
         if wanted[key] != evaluate.DEFAULTS[key] and not Path(wanted[key]).exists():
             raise SystemExit(f"{wanted[key]}: no such file or folder, and the study is scored with it (evaluate.py's "
                              f"--{key}); the README says how it is made")
@@ -132,7 +134,6 @@ def check_data(c):
 
 def run_all(c):
     """Run what is missing, c.jobs runs at a time, seed by seed, so that early tables compare like with like."""
-    Path(c.out).mkdir(parents=True, exist_ok=True)
     waiting = [(run, seed) for seed in c.seeds for run in c.runs if commands(run, seed, c)]
     print(f"{len(waiting)} runs to go: {' '.join(f'{run}-{seed}' for run, seed in waiting)}", flush=True)
     threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // c.jobs))} if c.jobs > 1 else None
@@ -172,12 +173,26 @@ def read_run(folder):
     results = json.loads((folder / "results.json").read_text())
     path, made = evaluation(folder)
     right = {s: np.load(report.item_path(path, "topic_cloze", f"{s}.right")) for s in report.SETTINGS}
-    mmlu = [made.get(when, {}).get("acc_norm") for when in ("mmlu", "before")]
-    other = dict(zip(OTHER, (made.get("blimp"), made.get("sblimp", {}).get("dev"), *mmlu)))
     scored = {key: made["made"]["topic_cloze"][key] for key in ("protocol", "files")}
     return SimpleNamespace(flops=results["flops"], parameters=made["parameters"], right=right, nll=results["nll"],
-                           other={name: cell["accuracy"] for name, cell in other.items() if cell},
-                           path=path, scored=scored)
+                           other=other_scores(made), path=path, scored=scored)
+
+
+def other_scores(made):
+    """{name: % right} of what an evaluation.json has of OTHER."""
+    cells = made.get("blimp"), made.get("sblimp", {}).get("dev"), made.get("mmlu", {}).get("acc_norm")
+    return {name: cell["accuracy"] for name, cell in zip(OTHER, cells) if cell}
+
+
+def score_before(c):
+    """Score the text LM that the study's runs start from, where there is one, in --out/before.json."""
+    path, options = Path(c.out) / "before.json", shlex.split(STUDIES[c.study]["before"])
+    wanted, _ = configure(evaluate.DEFAULTS, options)
+    if set(wanted["tasks"]) - set(json.loads(path.read_text())["made"] if path.exists() else {}):
+        command = [sys.executable, "evaluate.py", *options, *shlex.split(c.scoring), f"--out={path}"]
+        print(shlex.join(["python", *command[1:]]), flush=True)
+        if subprocess.run(command).returncode:
+            raise SystemExit("evaluate.py says above why the text LM could not be scored")
 
 
 def collect(c):
@@ -235,8 +250,8 @@ def spread(cell):
     return f"{cell['mean']:.1f}" + (f" ± {cell['std']:.1f}" if cell["std"] is not None else "")
 
 
-def as_markdown(rows):
-    """Two tables: scores, and by how much the first run leads."""
+def as_markdown(rows, before):
+    """Tables: Topic-Cloze, other scores if there are any, leads. before: {name: score} of the text LM, or {}."""
     def table(head, lines):
         return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
     scores = [[r["what"], str(len(r["seeds"])), f"{r['parameters'] / 1e6:.2f}M", f"{r['flops']:.1e}",
@@ -245,12 +260,14 @@ def as_markdown(rows):
              for r in rows if "lead" in r["settings"]["S"]]
     errors = [f"{min(e):.1f} to {max(e):.1f}" if (e := [r["settings"][s]["stderr"] for r in rows]) else ""
               for s in report.SETTINGS]
-    other = [[r["what"], *(spread(r["other"][name]) if name in r["other"] else "–" for name in OTHER)] for r in rows]
+    of_runs = [("before speech", {name: summary([score]) for name, score in before.items()})] * bool(before)
+    of_runs += [(r["what"], r["other"]) for r in rows]
+    other = [[what, *(spread(cells[name]) if name in cells else "–" for name in OTHER)] for what, cells in of_runs]
     return "\n\n".join([
         table(["Topic-Cloze, % right", "seeds", "parameters", "FLOPs", *report.SETTINGS, "speech NLL"], scores),
         "± is the standard deviation over seeds. The standard error over items, of a seed: "
         + ", ".join(f"{s} {e}" for s, e in zip(report.SETTINGS, errors)) + ".",
-        *([table(["% right", *OTHER], other)] if any(r["other"] for r in rows) else []),
+        *([table(["% right", *OTHER], other)] if any(cells for _, cells in of_runs) else []),
         "Leads, in points. In brackets p-values: over seeds (t-test: would others show it too?) and over items (would "
         "others, with these very models?).",
         table(["the lead of", "over", *report.SETTINGS], leads)]) + "\n"
@@ -285,16 +302,19 @@ def draw(rows, path):
 
 def write(rows, c):
     """study.json, .csv, .md and .png."""
-    stem = Path(c.out) / "study"
-    stem.with_suffix(".json").write_text(json.dumps(dict(study=c.study, seeds=c.seeds, rows=rows), indent=1))
+    stem, path = Path(c.out) / "study", Path(c.out) / "before.json"
+    before = other_scores(json.loads(path.read_text())) if path.exists() else {}
+    about = dict(study=c.study, seeds=c.seeds, before=before, rows=rows)
+    stem.with_suffix(".json").write_text(json.dumps(about, indent=1))
     with open(stem.with_suffix(".csv"), "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["run", "setting", "seed", "accuracy", "parameters", "flops"])
         writer.writerows([r["run"], s, seed, score, r["parameters"], r["flops"]] for r in rows
                          for s in report.SETTINGS for seed, score in zip(r["seeds"], r["settings"][s]["scores"]))
-    stem.with_suffix(".md").write_text(as_markdown(rows))
+    tables = as_markdown(rows, before)
+    stem.with_suffix(".md").write_text(tables)
     draw(rows, stem.with_suffix(".png"))
-    print(as_markdown(rows))
+    print(tables)
     print(f"written to {stem}.md, .csv, .json, .png")
 
 
@@ -326,6 +346,8 @@ def main(argv):
     c.runs, c.out = c.runs or list(known), c.out or f"out/study_{c.study}"
     if c.make:
         check_data(c)
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        score_before(c)
         run_all(c)
     rows = collect(c)
     if not rows:

@@ -19,7 +19,7 @@ import study
 
 STUDY = dict(runs=dict(ours=("Ours", "config/train_tiny.py"),
                        theirs=("Theirs", "config/baseline_tiny.py --beta=0.5")),
-             leaders={}, evaluate="--tasks='[\"topic_cloze\"]'",
+             leaders={}, before="", evaluate="--tasks='[\"topic_cloze\"]'",
              pictures=["weights --checkpoint={ours}", "scaling --checkpoint={no}"])
 
 
@@ -159,6 +159,26 @@ def test_a_failed_run_is_named(tmp_path, monkeypatch):
     assert "oh no" in (tmp_path / "ours-1.txt").read_text()
 
 
+def test_the_text_model_is_scored_once(tmp_path, monkeypatch):
+    called = []
+
+    def score(command):
+        called.append(command[1:])
+        made = dict(blimp=dict(accuracy=77.1), mmlu=dict(acc_norm=dict(accuracy=28.0)), made=dict(blimp={}))
+        Path(command[-1].partition("=")[2]).write_text(json.dumps(made))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setitem(STUDY, "before", "--checkpoint=weights --tasks='[\"blimp\"]'")
+    monkeypatch.setattr(study.subprocess, "run", score)
+    for run in ("ours-1", "theirs-1"):
+        finish(tmp_path / run, dict.fromkeys(report.SETTINGS, np.ones(5)))
+    for _ in range(2):
+        study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]", "--scoring=--dtype=bfloat16"])
+    assert called == [["evaluate.py", "--checkpoint=weights", '--tasks=["blimp"]', "--dtype=bfloat16",
+                       f"--out={tmp_path}/before.json"]]
+    assert "| before speech | 77.1 | – | 28.0 |" in (tmp_path / "study.md").read_text()
+
+
 def test_what_scores_need_is_asked_for_first(tmp_path, monkeypatch):
     monkeypatch.setitem(STUDY, "evaluate", f"--tasks='[\"topic_cloze\", \"mmlu\"]' --mmlu={tmp_path}/mmlu.csv")
     monkeypatch.setattr(study, "spawn", None)
@@ -185,6 +205,7 @@ def test_every_command_is_sound(name):
     for _, command in known["runs"].values():
         settings, _ = configure(train.DEFAULTS, command.split(), train.complete_stages)
         assert settings["demo"] == "data/demo" or settings["speech"] == ["data/small/train"]
+    configure(evaluate.DEFAULTS, shlex.split(known["before"]))
     settings, _ = configure(evaluate.DEFAULTS, shlex.split(known["evaluate"]))
     assert "topic_cloze" in settings["tasks"] and set(settings["tasks"]) <= set(evaluate.TASKS)
     for command in known["pictures"]:
