@@ -373,6 +373,12 @@ class Source(NamedTuple):
     cumulated: np.ndarray
 
 
+def sets_in(folder):
+    """The data sets that a folder holds, if it is not one itself."""
+    inside = [] if (Path(folder) / "meta.json").exists() else sorted(p.parent for p in Path(folder).glob("*/meta.json"))
+    return inside or [Path(folder)]
+
+
 def open_source(kind, sets, tokenizer=None, units=None, length=1):
     """sets: a list of folders, drawn in proportion to their size, or a dict of folder -> weight.
 
@@ -384,9 +390,7 @@ def open_source(kind, sets, tokenizer=None, units=None, length=1):
     streams = {"text": ("text",), "speech": ("speech",), "interleaved": ("text", "speech")}[kind]
     shards, shares = [], []
     for folder, weight in weights.items():
-        folder = Path(folder)
-        inside = [] if (folder / "meta.json").exists() else sorted(p.parent for p in folder.glob("*/meta.json"))
-        opened = [open_set(f, tokenizer, units) for f in inside or [folder]]
+        opened = [open_set(f, tokenizer, units) for f in sets_in(folder)]
         for shard in opened:
             if any(getattr(shard, s) is None for s in streams):
                 raise DataError(f"{shard.folder}: a {shard.meta['kind']} set cannot give {kind} sequences")
@@ -550,5 +554,6 @@ def prefetch(make, items, depth=2):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit("python data.py FOLDER   checks a data set whole and prints what it holds")
-    print(json.dumps(open_set(sys.argv[1], full=True).meta, indent=1))
+        raise SystemExit("python data.py FOLDER   checks a data set, or all in it, whole and prints what it holds")
+    for folder in sets_in(sys.argv[1]):
+        print(f"{folder}: {json.dumps(open_set(folder, full=True).meta, indent=1)}")

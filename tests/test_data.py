@@ -1,6 +1,8 @@
 """data.py: the sets on disk, and sampling against a slow and obvious implementation."""
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +215,17 @@ def test_data_py_finds_what_opening_cannot(folders, tmp_path):
     del meta["sha256"]  # as sets had it once
     (tmp_path / "set" / "meta.json").write_text(json.dumps(meta))
     data.open_set(tmp_path / "set", full=True)
+
+
+def test_data_py_checks_every_shard(folders, tmp_path):
+    for i in range(2):
+        shutil.copytree(folders / "paired", tmp_path / f"shards/shard-{i}-of-2-00000")
+    command = [sys.executable, data.__file__, tmp_path / "shards"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count('"sha256"') == 2
+    (tmp_path / "shards/shard-1-of-2-00000/text.npy").write_bytes(b"")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "shard-1-of-2-00000/text.npy: cannot be read" in done.stderr
 
 
 def test_offsets_whose_differences_overflow(folders, tmp_path):
