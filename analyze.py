@@ -400,9 +400,12 @@ def read_utterances(folder, model, c):
 
 def read_paired(folder, model, units_folder):
     """Utterances of a paired set, cut between words where they are longer than the model reads. Times are estimates
-    from the mean durations of units, which units.json (of the folder, or beside the checkpoint) may know; else None."""
-    path, tokenizer = Path(units_folder or model.folder) / "units.json", open_tokenizer(model)
-    durations = np.array(json.loads(path.read_text()).get("durations", []) if path.exists() else [])
+    from the mean durations of units, which units.json (of the folder or of its sound/, or beside the checkpoint) may
+    know; else None."""
+    tokenizer, folder_of_units = open_tokenizer(model), Path(units_folder or model.folder)
+    paths = [folder_of_units / "units.json", folder_of_units / "sound/units.json"]
+    known = [json.loads(path.read_text()) for path in paths if path.exists()]
+    durations = np.array(next((about["durations"] for about in known if about.get("durations")), []))
     for shard in datasets.open_source("interleaved", [folder], *made_with(model.folder)).shards:
         for i in range(shard.meta["documents"]):
             ids, units, t, s = shard.document(i)
