@@ -769,7 +769,8 @@ def draw_overlap(rows, models, k):
                          for wanted in ((m.name, a, b), (m.name, a, a)))
             over_layers(axis, *([100 * row[key] for row in line] for key in ("share", "low", "high")), m.colour, m.name,
                         a == "speech")
-            axis.plot([100 * row["share"] for row in own], ":", color=m.colour, label=f"{m.name}, {a}'s own components")
+            axis.plot([100 * row["share"] for row in own], ":", color=m.colour,
+                      label=None if m is not models[0] else f"dotted: {a}'s own components")
         for share in sorted({row["random_subspace"] for row in rows}):
             axis.axhline(100 * share, color="0.4", linestyle="-.", label=f"a random subspace: {100 * share:.0f}%")
         axis.set(xlabel="layer (0: input to the backbone)", ylabel=f"% of {a} variance explained", ylim=(0, 103),

@@ -285,13 +285,14 @@ def draw(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(13, 1.6 + 0.38 * len(rows)), sharey=True, layout="constrained")
+    lowest = min(score for row in rows for s in report.SETTINGS[1:] for score in row["settings"][s]["scores"])
     for axis, s in zip(axes, report.SETTINGS[1:]):
         for y, row in enumerate(rows):
             cell = row["settings"][s]
             axis.barh(y, cell["mean"] - 50, left=50, color=report.COLOURS[s], alpha=0.35 if y else 0.7)
             axis.plot(cell["scores"], [y] * len(cell["scores"]), "o", color="black", markersize=3.5)
         axis.axvline(50, color="0.4", linewidth=1)
-        axis.set(title=f"{s}", xlabel="% right (chance: 50)", xlim=(45, 100))
+        axis.set(title=f"{s}", xlabel="% right (chance: 50)", xlim=(min(45, lowest - 2), 100))
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), [row["what"] for row in rows])
     axes[0].invert_yaxis()
