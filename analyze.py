@@ -835,7 +835,7 @@ def main(argv):
     if c.max_rank < 4 or c.scale < 0 or c.scale & (c.scale - 1) or not 0 < c.clip <= 1:
         raise SystemExit(f"max_rank={c.max_rank}, scale={c.scale}, clip={c.clip}: give 4 or more; 0 or a power of 2; "
                          "from 0 to 1")
-    if c.corpus and not (Path(__file__).parent / f"corpora/{c.corpus}.py").is_file() or c.corpus and not c.units:
+    if c.corpus and not (c.units and (Path(__file__).parent / f"corpora/{c.corpus}.py").is_file()):
         raise SystemExit(f"corpus={c.corpus}, units={c.units}: give the name of a script in corpora/, and a folder of "
                          "units")
     first = Path(c.checkpoint.split(",")[0])

@@ -828,7 +828,7 @@ def whisper_mel(n_mels):
 def whisper_frames(waveform, vocabulary):
     """
     Features of a 16 kHz waveform of any length, tensor float32 [n // HOP, d]. Two of the encoder's frames, which look
-    at 0 and 20 ms, make one: a quarter of that is taken off at the start, so that they lie about its middle.
+    at 0 and 20 ms, make one of 40 ms: 10 ms are taken off at the start, so that they lie about its middle.
     """
     import torch
 

@@ -52,10 +52,10 @@ def speak(job):
     """Write one wav; returns its seconds."""
     import soundfile
 
-    path, text, speaker, hiss = job
+    path, text, speaker, pair = job
     waveform, _ = speech.espeak(text, *SPEAKERS[speaker])
-    if hiss:
-        waveform = add_hiss(waveform, hiss, speaker)
+    if pair:
+        waveform = add_hiss(waveform, pair, speaker)  # both sentences at the level drawn for their pair
     soundfile.write(path, waveform, speech.SAMPLE_RATE, subtype="PCM_16")
     return len(waveform) / speech.SAMPLE_RATE
 
@@ -76,7 +76,7 @@ def main(argv):
         raise SystemExit(str(error)) from None
     folder.mkdir(parents=True)
     jobs = [(folder / f"{row['filename']}.wav", row["transcription"], int(row["voice"][1:]),
-             settings["hiss"] and f"{row['subtype']} {row['id']}") for row in rows]
+             f"{row['subtype']} {row['id']}" if settings["hiss"] else None) for row in rows]
     with get_context("spawn").Pool(settings["workers"] or os.cpu_count()) as pool:
         seconds = sum(tqdm(pool.imap_unordered(speak, jobs, 16), "speaking", len(jobs), disable=None))
     with open(folder / "gold.csv", "w", encoding="utf-8", newline="") as f:  # last: a folder that has it is whole

@@ -214,17 +214,15 @@ def test_every_command_is_sound(name):
         configure(analyze.DEFAULTS, options)
 
 
-def called_analyze(called):
-    def run(command):
-        called.append(command[1:])
-        return SimpleNamespace(returncode=int(len(called) > 1))
-    return run
-
-
 def test_pictures_of_runs_that_are_there(tmp_path, monkeypatch, capsys):
     finish(tmp_path / "ours-1", dict.fromkeys(report.SETTINGS, np.ones(5)))
     called = []
-    monkeypatch.setattr(study.subprocess, "run", called_analyze(called))
+
+    def analyse(command):
+        called.append(command[1:])
+        return SimpleNamespace(returncode=int(len(called) > 1))
+
+    monkeypatch.setattr(study.subprocess, "run", analyse)
     study.main(["--study=made_up", f"--out={tmp_path}", "--seeds=[1]", "--make=false", "--pictures=true"])
     assert called == [["analyze.py", "weights", f"--checkpoint={tmp_path}/ours-1", f"--out={tmp_path}/pictures"]]
     assert "left out, for run 'no' is not there" in capsys.readouterr().out
