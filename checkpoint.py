@@ -200,7 +200,7 @@ def differences(saved, about, free):
     """
     refused, changed = {}, {}
     for part in ("settings", "data", "made"):
-        for key in sorted((saved[part].keys() | about[part].keys()) - {"resume", "replay", "out_dir"}):
+        for key in sorted((saved[part].keys() | about[part].keys()) - {"resume", "out_dir"}):
             was, now = saved[part].get(key), about[part].get(key)
             if was and now and part == "data":
                 was, now = was[:2] + now[2:], now  # wherever it lay

@@ -8,9 +8,8 @@ Train a text-speech language model, stage by stage.
 Settings: the values below, then the config file's, then those of --key=value. A run's folder holds settings.json (all
 of them), log.jsonl (a line per logged step), checkpoint-* (model, optimizer, place in the run), and at the end
 results.json and loss.png. `--resume=true` goes on from the newest checkpoint, exactly. SIGTERM, SIGUSR1 and Ctrl-C end
-a run after the step at hand, with a checkpoint. A step whose loss or gradient is not finite ends it too, and is kept:
-
-    python train.py --replay=out/train_tiny/replay-00000123               that step again: which sequence, which tensor
+a run after the step at hand, with a checkpoint. A step whose loss or gradient is not finite ends it too: the sequences
+are named, and no weight is changed.
 """
 import ctypes
 import dataclasses
@@ -36,7 +35,6 @@ import checkpoint
 import data
 import evaluate
 import model as smoltolk
-import replay as replaying
 import report
 from configurator import configure, fit, nearest
 from evaluate import all_sum, join_world, on_first, start_sum
@@ -54,7 +52,6 @@ eval_cloze_items = 100      # Topic-Cloze items scored along the way; the final 
 checkpoint_interval = 500   # steps
 keep_checkpoints = 2        # the newest ones stay
 keep_every = 0              # and those of every so many steps, 0: none
-replay = ""                 # folder of a step that was not finite: only make that one again, with its own settings
 wandb_project = ""          # log there too
 tensorboard = False         # and there, under out_dir
 
@@ -299,9 +296,7 @@ def make_optimizer(model, c, device):
                       if p.requires_grad and smoltolk.is_new(n) == new and (p.dim() >= 2) == matrix]
             if params:
                 groups.append(dict(params=params, weight_decay=c.weight_decay if matrix else 0.0, new=new))
-    optimizer = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
-    optimizer.found_inf = torch.zeros((), device=device)  # from 1 on the fused kernels change nothing any more
-    return optimizer
+    return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
 
 
 def make_runner(model, c, world):
@@ -350,8 +345,7 @@ def train_step(model, optimizer, batches, c, world, autocast, stopping=0):
 
     Returns this process's summed losses (float32 [3] on the device: text nll, speech nll, -entropy); the numbers of
     text and speech targets and the sum of `stopping` over all processes (float64 [3]); and the gradient norm before
-    clipping. If that or a loss is not finite, neither this step nor any later one changes weights or optimizer: the
-    device decides, and nobody has to wait for it until optimizer.found_inf is looked at.
+    clipping. If that or a loss is not finite on any process, the norm is nan and nothing is updated.
     """
     counted = start_sum([sum(b.n_text for b in batches), sum(b.n_speech for b in batches), stopping], world)
     sums = torch.zeros(3, device=world.device)
@@ -369,7 +363,8 @@ def train_step(model, optimizer, batches, c, world, autocast, stopping=0):
         loss.backward(torch.where(loss.isfinite(), float(world.size), torch.nan).to(loss))
         sums += torch.stack([out.text_nll, out.speech_nll, out.negative_entropy]).detach()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
-    optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
+    if all_sum([not bool(norm.isfinite() & sums.isfinite().all())], world).any():
+        return sums, counts, torch.full_like(norm, torch.nan)
     optimizer.step()
     optimizer.zero_grad(set_to_none=not dist.is_initialized())  # see make_runner
     return sums, counts, norm
@@ -439,15 +434,14 @@ def train_stage(name, model, place, run):
             group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
         sums, counts, norm = train_step(runner, optimizer, batches, c, world, autocast, len(run.heard))
         flops = step_flops(model.config, batches, stage, c.sequence_length) * world.size
+        if norm.isnan():
+            stop_not_finite(model, batches, sums, stage, number, place, run, autocast)
         since = since._replace(sums=since.sums + sums, counts=since.counts + counts[:2], flops=since.flops + flops,
                                steps=since.steps + 1, norm=torch.maximum(since.norm, norm))
         for key, more in (("step", 1), ("total", 1), ("tokens", c.batch_tokens), ("flops", flops)):
             place[key] += more
         stop = counts[2] > 0 or world.size == 1 and len(run.heard) > 0
 
-        look = stop or any(map(due, (c.log_interval, c.eval_interval, c.checkpoint_interval)))
-        if look and optimizer.found_inf:
-            stop_not_finite(model, optimizer, place, stage, number, run, autocast)
         if due(c.log_interval):
             run.log.step(log_line(name, stage, factor, place, since, c, world))
             since = start_since(world)
@@ -533,7 +527,7 @@ def held_out(model, run, n_sequences, cloze_items=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# checkpoints, and the step that was not finite
+# checkpoints
 
 def save_checkpoint(model, optimizer, place, c, beside, about, writer):
     """Start writing checkpoint-<step> in the writer's thread; training is held while tensors are copied."""
@@ -572,58 +566,27 @@ def load_optimizer(optimizer, model, folder):
             optimizer.state[p] = {k: saved[f"{name}.{k}"].to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
 
 
-def stop_not_finite(model, optimizer, place, stage, number, run, autocast):
-    """End the run at a step whose loss or gradient was not finite: name it, and keep it in replay-<step>."""
-    c, world = run.c, run.world
-    done = max(int(state["step"]) for state in optimizer.state.values())  # updates of this stage before that step
-    place |= dict(total=place["total"] - place["step"] + done + 1, step=done)
-    batches, names = [], []
-    for rank in range(world.size):
-        its_world = world._replace(rank=rank)
-        batches.append(step_batches(c, model.config, run.opened.train, stage, number, its_world)(done))
-        names.append([replaying.name_sequences(run.opened.train, stage["mixture"], c.seed, number, index)
-                      for index in step_sequences(c, done, its_world)])
-    for line in replaying.suspects(model, batches[world.rank], names[world.rank], c.beta, autocast):
-        print(f"step {place['total']}, rank {world.rank}: {line}", file=sys.stderr)
-    folder = Path(c.out_dir) / f"replay-{place['total']:08d}"
-    batches, names = sum(batches, []), sum(names, [])
-
-    def write():
-        run.writer.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-        with checkpoint.whole_folder(folder, manifest=True) as new:
-            write_state(new, model, model.state_dict(), optimizer_state(optimizer, model), run.opened.beside,
-                        dict(place=place, **run.about, text_rows=[b.text_rows for b in batches], sequences=names))
-            save_file({str(i): b.tokens for i, b in enumerate(batches)}, new / "batches.safetensors")
-    on_first(write, world)
-    raise SystemExit(f"step {place['total']}: the loss or its gradient is not finite, no weight was changed by it; see"
-                     f" python train.py --replay={folder}, then train with a lower learning rate or without that data")
-
-
-def replay_step(folder, device):
-    """Make the step in a replay folder again, on one process, and say which sequence and which tensor it was."""
-    folder, world = Path(folder), evaluate.World(device=torch.device(evaluate.pick_device(device)))
-    if wrong := checkpoint.fault(folder):
-        raise SystemExit(f"{folder}: {wrong}; give --replay=FOLDER of a step that was kept")
-    saved = json.loads((folder / "train.json").read_text())
-    c, place, tokens = SimpleNamespace(**saved["settings"]), saved["place"], load_file(folder / "batches.safetensors")
-    name, stage = list(c.stages.items())[place["stage"]]
-    model = smoltolk.SmolTolk(smoltolk.read_config(folder))
-    weights = load_file(folder / "model.safetensors") | load_file(folder / "speech.safetensors")
-    model.load_state_dict(weights)  # as they are: from_pretrained refuses what is not finite
-    model.to(world.device)
-    set_trainable(model, stage["train"])
-    optimizer = make_optimizer(model, c, world.device)
-    if place["step"]:
-        load_optimizer(optimizer, model, folder)
-    batches = [data.make_batch(tokens[str(i)].numpy(), n, model.config) for i, n in enumerate(saved["text_rows"])]
-    half = pick_dtype(c.dtype, world.device) == torch.bfloat16
-    autocast = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
-    sums, counts, norm = train_step(model, optimizer, batches, c, world, autocast)
-    print(f"step {place['total']} (step {place['step']} of {name}): nll text {sums[0] / counts[0]:.6g}, speech"
-          f" {sums[1] / counts[1]:.6g}; gradient norm {norm:.6g}")
-    for line in replaying.explain(model, batches, saved["sequences"], c.beta, autocast):
-        print(line)
+def stop_not_finite(model, batches, sums, stage, number, place, run, autocast):
+    """End the run at a step whose loss or gradient was not finite: each process names its sequences."""
+    c, world, step = run.c, run.world, place["total"] + 1
+    index = step_sequences(c, place["step"], world)
+    if not sums.isfinite().all():
+        for batch, its_index in zip(batches, index):
+            order = np.argsort(data.kinds_of(stage["mixture"], its_index) != "text", kind="stable")
+            with autocast, torch.no_grad():
+                tokens = batch.tokens.to(world.device)
+                logp = model(tokens[:, :-1], tokens[:, 1:], batch.text_rows, want=("logp",)).logp
+            bad = its_index[order][(~logp.isfinite().all(1)).cpu().numpy()]
+            if len(bad):
+                print(f"step {step}, rank {world.rank}: the loss of sequences {bad.tolist()} is not finite",
+                      file=sys.stderr)
+    else:
+        print(f"step {step}, rank {world.rank}: the gradient of one of {np.concatenate(index).tolist()} may not be"
+              " finite", file=sys.stderr)
+    if world.size > 1:
+        dist.barrier()
+    raise SystemExit(f"step {step}: the loss or its gradient is not finite, and no weight was changed. Go on from the"
+                     " checkpoint before it with a lower learning rate or without that data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -685,8 +648,6 @@ def begin(c, world, tokenizer, about):
 @record  # torchrun then shows the first error of all
 def main(argv):
     settings, name = configure(DEFAULTS, argv, complete_stages)
-    if settings["replay"]:
-        return replay_step(settings["replay"], settings["device"])
     reuse_memory()
     world = join_world(settings["device"])
     started = time.perf_counter()

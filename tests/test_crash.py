@@ -1,4 +1,4 @@
-"""checkpoint.py, replay.py and what train.py makes of them: runs that are killed, stopped, cut off or fed nonsense.
+"""checkpoint.py and what train.py makes of them: runs that are killed, stopped, cut off or fed nonsense.
 
 SMOLTOLK_KILLS=200 python -m pytest tests/test_crash.py -k again      more kills than the suite has time for
 """
@@ -24,7 +24,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_train import ROOT, arguments
 
 import checkpoint
@@ -360,54 +359,6 @@ def test_going_on_with_other_data(whole, demo_folder, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers
-
-def test_a_step_that_is_not_finite_is_kept_and_made_again(demo_folder, tmp_path, capsys):
-    """The switch token, which one sequence of 36 has, has an embedding of inf."""
-    build, out = train.build_model, tmp_path / "out"
-    stages = dict(text=dict(steps=3, mixture=dict(text=1), train="text"),
-                  s=dict(steps=9, mixture=dict(text=35, interleaved=1), train="all"))
-
-    def build_model(*args):
-        model = build(*args)
-        with torch.no_grad():
-            model.speech_embed.weight[-1] = torch.inf
-        return model
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_model", build_model)
-        with pytest.raises(SystemExit, match="^step 5: the loss or its gradient is not finite, no weight was changed"):
-            train.main(arguments(demo_folder, out, log_interval=4, micro_batch=5, stages=stages))
-    odd = np.flatnonzero(data.kinds_of(dict(text=35, interleaved=1), np.arange(36)) != "text").item()
-    name = f"sequence {odd} (interleaved, {demo_folder}/paired)"
-    assert odd // 12 == 1 and f"step 5, rank 0: the loss is not finite: {name}\n" in capsys.readouterr().err
-
-    folder = out / "replay-00000005"
-    train.main([f"--replay={folder}", "--device=cpu"])
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first.startswith("step 5 (step 1 of s): nll text nan") and first.endswith("gradient norm nan")
-    assert lines[0] == "not finite before the step: speech_embed.weight" and len(lines) == 2
-    assert lines[1].startswith(f"{name}: output of speech_embed, loss, gradient of ")
-    flip(folder / "batches.safetensors")
-    with pytest.raises(SystemExit, match="batches.safetensors is not as it was written"):
-        train.main([f"--replay={folder}"])
-
-
-def test_no_weight_is_changed_by_a_step_that_is_not_finite(demo_folder, tmp_path, capsys):
-    """A learning rate of 1e30 goes well once. What is kept is what the run had after that step, and gives the same."""
-    stages, said = dict(s=dict(steps=9, mixture=dict(text=1, speech=1), train="all", learning_rate=1e30)), []
-    for steps in (9, 1):
-        stages["s"]["steps"] = steps
-        try:
-            train.main(arguments(demo_folder, tmp_path / str(steps), log_interval=9, cloze="", stages=stages))
-        except SystemExit as end:
-            said.append(str(end))
-    assert len(said) == 1 and said[0].startswith("step 2: the loss")
-    kept, after = tmp_path / "9" / "replay-00000002", tmp_path / "1" / "checkpoint-00000001"
-    for name in ("model", "speech", "optimizer"):
-        ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (kept, after))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    train.main([f"--replay={kept}", "--device=cpu"])
-    assert "step 2 (step 1 of s)" in capsys.readouterr().out
-
 
 def test_spikes_are_found():
     draw = np.random.default_rng(0)
