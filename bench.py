@@ -1,5 +1,5 @@
 """
-How fast is it here? Training steps, scoring, generation, the data path, checkpoints, on whatever machine this is.
+How fast is it here? Training steps, scoring, generation, the data path, on whatever machine this is.
 
     python bench.py config/train_150m.py --sequence_length=1024 --micro_batch=1          a CPU: a step of one sequence
     python bench.py config/train_150m.py --what=train --micro_batches=4                  a GPU: 4 x 16 sequences a step
@@ -18,7 +18,6 @@ paired set of natural shape (1.3 tokens and 5 units a word), weights are random 
                 the backbone's weights read once a token at the memory's measured rate
     data        batches of interleaved sequences and of the mixture, one process; opening a set of 10 billion tokens
                 (a sparse file: zeros that take no room, so this times maps and checks, not a disk)
-    checkpoint  how long training is held up, how long till all is on disk, steps beside it
     memory      what a training step needs: weights, gradients, AdamW, and what the forward pass saves for backward
 
 FLOPs are counted by model.forward_flops. Shares of the peak are of matrix products measured in the same run, and (mfu)
@@ -35,7 +34,6 @@ import importlib
 import json
 import platform
 import runpy
-import shutil
 import statistics
 import sys
 import tempfile
@@ -50,7 +48,6 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import checkpoint
 import data
 import evaluate
 import model as smoltolk
@@ -58,7 +55,7 @@ import sample
 import train
 from configurator import apply_override, configure
 
-what = "train,score,generate,data,checkpoint"  # and ddp, memory
+what = "train,score,generate,data"  # and ddp, memory
 steps = 3                    # timed repetitions
 warmup = 1                   # untimed ones before
 micro_batches = 1            # forward passes of a process in one step; batch_tokens follows
@@ -435,36 +432,6 @@ def bench_data(c, world, folder):
     return result
 
 
-def bench_checkpoint(c, world, folder):
-    """Seconds that the training thread is held, till all is on disk, and of a step alone and beside the writing."""
-    stage = list(c.stages.values())[-1] | dict(mixture={"text": 1}, train="all")
-    model, optimizer, _, step = ours(c, world, stage)
-    [batches, *_] = draw_batches(c, world, stage, model.config, {"text": data.open_source("text", [folder])})
-    alone = median_seconds(lambda: step(batches), world.device, c.steps)  # makes the optimizer's state, too
-    if world.rank != 0:
-        return {}
-    c.out_dir = str(folder.parent / "run")
-    writer = checkpoint.Writer()
-
-    def save(number):
-        train.save_checkpoint(model, optimizer, dict(total=number), c, {}, {}, writer)
-    began = now(world.device)
-    save(0)
-    held = now(world.device) - began
-    writer.wait()
-    written = now(world.device) - began
-    again = now(world.device)
-    save(1)  # into the same copies as before: no new memory is cleared
-    held_again = now(world.device) - again
-    beside = median_seconds(lambda: step(batches), world.device, 1, 0) if world.size == 1 else None
-    if error := writer.wait():
-        raise SystemExit(error)
-    [size] = {sum(f.stat().st_size for f in folder.iterdir()) for folder in Path(c.out_dir).iterdir()}
-    shutil.rmtree(c.out_dir)
-    return dict(held_seconds=held_again, held_first_seconds=held, written_seconds=written, step_seconds=alone,
-                step_beside_seconds=beside, bytes=size)
-
-
 def bench_memory(c, world, folder=None):
     """Bytes of one process in training all weights on a micro-batch of the mixture, by arithmetic. No memory is used.
 
@@ -497,7 +464,7 @@ def bench_memory(c, world, folder=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 PARTS = dict(train=bench_train, score=bench_score, generate=bench_generate, data=bench_data,
-             checkpoint=bench_checkpoint, ddp=bench_ddp, memory=bench_memory)
+             ddp=bench_ddp, memory=bench_memory)
 UNITS = (("_bytes", 1e9, "GB"), ("bytes", 1e9, "GB"), ("states", 1e9, "GB"), ("activations", 1e9, "GB"),
          ("logits", 1e9, "GB"), ("total", 1e9, "GB"), ("parameters", 1e6, "M"), ("seconds", 1, "s"))
 

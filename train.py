@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -386,7 +387,7 @@ class Run(NamedTuple):
     opened: Data
     about: dict               # settings, identity of the data, and what else a checkpoint says about its run
     log: "Log"
-    writer: checkpoint.Writer
+    unsaved: list             # why the last checkpoint could not be written, if so
     heard: list               # signals that ask to stop
     resumed: Path | None      # the checkpoint that this process has gone on from
 
@@ -419,7 +420,7 @@ def train_stage(name, model, place, run):
     def save():
         place["since"] = keep_since(since, world)
         if world.rank == 0:
-            save_checkpoint(model, optimizer, place, c, run.opened.beside, run.about, run.writer)
+            save_checkpoint(model, optimizer, place, c, run.opened.beside, run.about, run.unsaved)
 
     since = start_since(world, place["since"] if place["step"] else None)
     stop = all_sum([len(run.heard)], world).item() > 0
@@ -529,19 +530,18 @@ def held_out(model, run, n_sequences, cloze_items=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-def save_checkpoint(model, optimizer, place, c, beside, about, writer):
-    """Start writing checkpoint-<step> in the writer's thread; training is held while tensors are copied."""
-    folder, place = Path(c.out_dir) / f"checkpoint-{place['total']:08d}", dict(place)
-    weights, moments = model.state_dict(), optimizer_state(optimizer, model)
-
-    def write(copies):
-        if folder.exists():  # a signal came before the next step
-            return
-        with checkpoint.whole_folder(folder, manifest=True) as new:
-            write_state(new, model, {name: copies[name] for name in weights}, {name: copies[name] for name in moments},
-                        beside, dict(place=place, **about))
+def save_checkpoint(model, optimizer, place, c, beside, about, unsaved):
+    """Write checkpoint-<step>. Where it cannot be written training goes on, and unsaved, a list, says why."""
+    folder = Path(c.out_dir) / f"checkpoint-{place['total']:08d}"
+    unsaved.clear()
+    try:
+        with checkpoint.whole_folder(folder) as new:
+            write_state(new, model, model.state_dict(), optimizer_state(optimizer, model), beside,
+                        dict(place=place, **about))
         checkpoint.prune(c.out_dir, c.keep_checkpoints, c.keep_every)
-    writer.start(folder, weights | moments, write)
+    except (OSError, SafetensorError) as error:
+        unsaved.append(f"{folder}: could not be written ({error}); the checkpoint before it is whole; make room")
+        print(f"{unsaved[0]}. Training goes on, the next one is tried as usual", file=sys.stderr)
 
 
 def write_state(folder, model, weights, moments, beside, about):
@@ -668,7 +668,7 @@ def main(argv):
         print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"
               f" {world.device.type} in {str(pick_dtype(c.dtype, world.device)).removeprefix('torch.')}")
     with checkpoint.listen() as heard:
-        run = Run(c, world, opened, about, Log(c, world, place), checkpoint.Writer(), heard, resumed)
+        run = Run(c, world, opened, about, Log(c, world, place), [], heard, resumed)
         run.log.changed(dict(step=place["total"], stage=list(c.stages)[place["stage"]], changed=changed))
         stop = False
         for number, stage in list(enumerate(c.stages))[place["stage"]:]:
@@ -678,8 +678,8 @@ def main(argv):
             if stop:
                 break
         stop = stop or not finish(model, place, run, started)
-        if wrong := run.writer.wait():
-            raise SystemExit(wrong)
+    if run.unsaved:
+        raise SystemExit(run.unsaved[0])
     if stop and world.rank == 0:
         print(f"{', '.join(heard) or 'a signal'}: stopped after step {place['total']}; go on with\n"
               f"  {checkpoint.resume_command(argv)}")

@@ -324,7 +324,7 @@ def world(tmp_path_factory, demo_folder):
     torch.manual_seed(0)
     net = SmolTolk(Config(**{**SHAPE, "max_position_embeddings": 256, "vocab_size": meta["text"]["vocab_size"],
                              "n_units": meta["speech"]["n_units"], "initializer_range": 0.3}))
-    with whole_folder(folder, manifest=True) as new:
+    with whole_folder(folder) as new:
         save_pretrained(net, new)
         for name in ("tokenizer.json", "units/units.json"):
             (new / Path(name).name).write_bytes((demo_folder / name).read_bytes())
