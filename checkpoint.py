@@ -4,14 +4,12 @@ Folders that are whole or not there, and what else a run needs to be killed at a
 A folder is written under a hidden name, forced to the disk, and renamed: under its own name nobody ever sees a part of
 it. A checkpoint that cannot be opened is named, and the one before it is used. Nothing here knows what a model is.
 """
-import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from contextlib import contextmanager
@@ -169,31 +167,7 @@ def resume_command(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one run in one folder, and its end
-
-def lock(out_dir):
-    """Make out_dir and hold it for this process: returns a file; when it is closed, or the process dies, all is free.
-
-    SystemExit if another process holds it. (Where a file system has no locks, nothing is checked.)
-    """
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        file = open(Path(out_dir) / ".lock", "a+")
-    except OSError as error:
-        raise SystemExit(f"{out_dir}: cannot be written to ({error.strerror}); set another --out_dir") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise SystemExit(f"{out_dir}: is being trained by process {file.read()}; end that one, or set another"
-                         f" --out_dir") from None
-    except OSError:
-        pass
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
+# the end of a run
 
 @contextmanager
 def listen():

@@ -188,18 +188,6 @@ def on_first(work, world):
     return value
 
 
-def same_on_all(about, world):
-    """End all processes if one was started with something else than the first. about: {name: anything json holds}"""
-    mine = json.loads(json.dumps(about))
-    first = share(mine, world)
-    differ = [f"{key} is {mine.get(key)!r}, on rank 0 {first.get(key)!r}" for key in sorted(mine.keys() | first.keys())
-              if mine.get(key) != first.get(key)]
-    if differ:
-        print(f"rank {world.rank}: {'; '.join(differ)}; start all processes with the same", file=sys.stderr)
-    if all_sum([len(differ)], world).item():
-        raise SystemExit(1)
-
-
 def start_sum(values, world):
     """Begin to sum numbers over all processes: a function that waits for it and gives a float64 tensor on the CPU."""
     values = torch.as_tensor(values).cpu().double()

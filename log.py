@@ -22,7 +22,6 @@ class Log:
             return
         self.path, steps = Path(c.out_dir) / "log.jsonl", sum(s["steps"] for s in c.stages.values())
         self.lines = [line for line in read_log(c.out_dir) if line["step"] <= place["total"]]  # later ones come again
-        self.torn = False  # is a part of a line at the end of the file?
         checkpoint.replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.bar = tqdm(total=steps, initial=place["total"], disable=None, unit="step")
         self.steps = steps
@@ -34,24 +33,13 @@ class Log:
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(c.out_dir)
             self.out.append(lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in flat(line).items()])
 
-    @property
-    def scored(self):
-        """The last step with held-out scores."""
-        return max((x["step"] for x in self.lines if "tokens" not in x and "changed" not in x), default=0)
-
     def write(self, line, text):
         self.lines.append(line)
         try:
-            if self.torn:
-                checkpoint.replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-            else:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            checkpoint.to_disk(self.path)
-            self.torn = False
-        except (OSError, SystemExit) as error:
-            self.torn = True
-            tqdm.write(f"{self.path}: {error}. Training goes on, the line is written with the next", file=sys.stderr)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            tqdm.write(f"{self.path}: {error}. Training goes on without this line", file=sys.stderr)
         for out in self.out:
             try:
                 out(line)

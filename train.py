@@ -393,7 +393,7 @@ class Run(NamedTuple):
 
 
 def train_stage(name, model, place, run):
-    """Train one stage from place["step"] on, in place; place = {stage, step, total, tokens, flops, seconds, since}.
+    """Train one stage from place["step"] on, in place; place = {stage, step, total, tokens, flops, seconds}.
 
     Returns whether the run is to stop here, because a signal came.
     """
@@ -418,14 +418,11 @@ def train_stage(name, model, place, run):
         return scores is not None
 
     def save():
-        place["since"] = keep_since(since, world)
         if world.rank == 0:
             save_checkpoint(model, optimizer, place, c, run.opened.beside, run.about, run.unsaved)
 
-    since = start_since(world, place["since"] if place["step"] else None)
+    since = start_since(world)
     stop = all_sum([len(run.heard)], world).item() > 0
-    if place["step"] and due(c.eval_interval) and on_first(lambda: run.log.scored, world) != place["total"]:
-        stop = stop or not score()  # a signal had come before that was done
     if stop:
         save()
     make = step_batches(c, model.config, run.opened.train, stage, number, world)
@@ -467,17 +464,10 @@ class Since(NamedTuple):
     norm: torch.Tensor        # the largest of the gradient
 
 
-def start_since(world, kept=None):
-    """Nothing yet, or what keep_since has kept in a checkpoint; the first process then has the others' sums too."""
-    kept = kept or dict(seconds=0.0, sums=[0.0] * 3, counts=[0.0] * 2, flops=0, steps=0, norm=0.0)
-    sums = torch.tensor(kept["sums"], device=world.device) * (world.rank == 0)
-    return Since(time.perf_counter() - kept["seconds"], sums, torch.tensor(kept["counts"], dtype=torch.float64),
-                 kept["flops"], kept["steps"], torch.tensor(kept["norm"], device=world.device))
-
-
-def keep_since(since, world):
-    return dict(seconds=time.perf_counter() - since.began, sums=all_sum(since.sums, world).tolist(),
-                counts=since.counts.tolist(), flops=since.flops, steps=since.steps, norm=float(since.norm))
+def start_since(world):
+    """Nothing yet."""
+    return Since(time.perf_counter(), torch.zeros(3, device=world.device), torch.zeros(2, dtype=torch.float64), 0, 0,
+                 torch.zeros((), device=world.device))
 
 
 def log_line(name, stage, factor, place, since, c, world):
@@ -597,14 +587,12 @@ PLACES = {*DEMO, "demo", "init_from"}  # so may these: what lies there is compar
 
 
 def begin(c, world, tokenizer, about):
-    """(model, place, the checkpoint gone on from, {what has changed since: [was, is]}, the lock on out_dir).
+    """(model, place, the checkpoint gone on from, {what has changed since: [was, is]}).
 
     A fresh run, or the newest good checkpoint's. A run that is already there is never overwritten; torchrun, when it
     starts all processes again because one has died, goes on from it.
     """
     restarted = all_sum([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], world).item() > 0  # each node counts
-    lock = []
-
     def look():
         there = len(checkpoint.checkpoints(c.out_dir)) > 0
         if there and not (c.resume or restarted):
@@ -616,7 +604,6 @@ def begin(c, world, tokenizer, about):
         return there
 
     def take():
-        lock.append(checkpoint.lock(c.out_dir))
         checkpoint.clean(c.out_dir)
         folder, bad = checkpoint.newest(c.out_dir)
         if bool(folder) != there:
@@ -641,8 +628,8 @@ def begin(c, world, tokenizer, about):
         model = model or smoltolk.from_pretrained(folder)
     except ValueError as e:  # says which file and what
         raise SystemExit(str(e)) from None
-    place = place or dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0, since=None)
-    return model.to(world.device), place, Path(folder), changed, lock
+    place = place or dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
+    return model.to(world.device), place, Path(folder), changed
 
 
 @record  # torchrun then shows the first error of all
@@ -652,17 +639,15 @@ def main(argv):
     world = join_world(settings["device"])
     started = time.perf_counter()
     c = check_settings(settings, name, world)
-    code = {path.name: checkpoint.digest(path)[:16] for path in Path(__file__).resolve().parent.glob("*.py")}
-    made = dict(torch=torch.__version__, processes=world.size, **code)
-    evaluate.same_on_all(vars(c) | made, world)
+    made = dict(torch=torch.__version__, processes=world.size)
     opened = open_data(c, world)
     sources = opened.train | {f"val_{kind}": source for kind, source in opened.held.items()}
     sources |= {"cloze": data.Source([opened.cloze], np.ones(1))} if opened.cloze else {}
     read = checkpoint.identify(sources, tokenizer=opened.tokenizer.hash, units=opened.units)
     about = json.loads(json.dumps(dict(settings=vars(c), data=read, made=made)))
-    evaluate.same_on_all(about["data"], world)
-    model, place, resumed, changed, lock = begin(c, world, opened.tokenizer, about)
+    model, place, resumed, changed = begin(c, world, opened.tokenizer, about)
     if world.rank == 0:
+        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
         checkpoint.replace_file(Path(c.out_dir) / "settings.json", json.dumps(vars(c), indent=1))
         text_size, new_size = smoltolk.count_parameters(model)
         print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"

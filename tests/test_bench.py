@@ -65,13 +65,11 @@ def test_training_steps_of_all_sides(tmp_path, capsys):
 
 def test_the_other_parts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "BIG", 10**6)
-    parts = "score,generate,data,checkpoint,memory"
+    parts = "score,generate,data,memory"
     report = run(tmp_path, what=parts)
     for part in parts.split(","):
         assert all(value > 0 for value in report[part].values()), part
     assert report["generate"]["bound_per_second"] == pytest.approx(1e10 / report["generate"]["weight_bytes"])
-    held, written = report["checkpoint"]["held_first_seconds"], report["checkpoint"]["written_seconds"]
-    assert held <= written and report["checkpoint"]["bytes"] > 12 * report["memory"]["parameters"]
     assert not (ROOT / "out" / "default").exists()
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ from test_train import ROOT, arguments
 
 import checkpoint
 import data
-import evaluate
 import log
 import train
 
@@ -290,44 +288,12 @@ def test_a_full_disk(whole, demo_folder, tmp_path):
     assert codes == [1] and "checkpoint-00000017: could not be written" in said.splitlines()[-1]
 
 
-def test_a_line_of_the_log_comes_when_there_is_room_again(tmp_path, capsys, monkeypatch):
-    c = SimpleNamespace(out_dir=tmp_path, stages=dict(s=dict(steps=9)), wandb_project="", tensorboard=False)
-    written, lines = log.Log(c, evaluate.ALONE, dict(total=0)), [dict(step=n, stage="s") for n in range(1, 5)]
-    for n, line in enumerate(lines):
-        with monkeypatch.context() as patch:
-            if n in (1, 2):
-                patch.setattr(checkpoint, "to_disk", hit(checkpoint.to_disk, 1, OSError(errno.ENOSPC, "full")))
-            written.write(line, "")
-    assert log.read_log(tmp_path) == lines and written.scored == 4
-    assert capsys.readouterr().err.count("Training goes on, the line is written with the next") == 2
-
-
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     with pytest.raises(SystemExit, match="^/proc/x: cannot be written to .*; set another --out_dir$"):
         checkpoint.lock("/proc/x")
     (tmp_path / "settings.json").mkdir()
     with pytest.raises(SystemExit, match="settings.json: cannot be written .Is a directory.; make room there$"):
         checkpoint.replace_file(tmp_path / "settings.json", "{}")
-
-
-def test_who_else_is_there(whole, demo_folder, tmp_path):
-    out = tmp_path / "out"
-    first = start(demo_folder, out, {"train.train_step": (7, signal.SIGSTOP)})
-    while not (out / "log.jsonl").exists() or len(log.read_log(out)) < 5:
-        time.sleep(0.02)
-    codes, said = start(demo_folder, out, resume=True).end()
-    assert codes == [1] and f"out: is being trained by process {first.all[0].pid} on {socket.gethostname()};" in said
-    first.kill()
-    codes, said = start(demo_folder, out, resume=True).end()
-    assert codes == [0] and left(out) == whole[1], said
-    for folder in checkpoint.checkpoints(out):
-        shutil.rmtree(folder)
-    codes, said = start(demo_folder, out).end()
-    assert codes == [1] and "holds the results of a run without its checkpoints" in said
-    before = tmp_path / "before"  # killed before its first checkpoint: just begin again
-    start(demo_folder, before, {"train.write_state": (1, signal.SIGKILL)}).end()
-    assert list(before.glob(".checkpoint*"))
-    assert start(demo_folder, before).end()[0] == [0] and left(before) == whole[1]
 
 
 def test_going_on_with_other_data(whole, demo_folder, tmp_path):
@@ -393,29 +359,6 @@ def test_a_process_that_dies_before_all_have_met_ends_all(demo_folder, tmp_path)
         codes, said = group.end(60)
         assert codes == [-signal.SIGKILL if rank == dies else 1 for rank in range(3)], said
         assert said.count("the 3 processes have not met at 127.0.0.1:") == 2 and "start all again" in said, said
-
-
-def test_all_processes_must_be_started_alike(demo_folder, tmp_path):
-    argv = [arguments(demo_folder, tmp_path / "out", **more) for more in ({}, dict(seed=2, beta=0.1))]
-    codes, said = Started(argv, tmp_path / "said", None, 2).end()
-    assert codes == [1, 1] and "rank 1: beta is 0.1, on rank 0 0.05; seed is 2, on rank 0 1; start all" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_all_processes_must_have_the_same_code(demo_folder, tmp_path):
-    """A comment more in model.py is enough: nothing else here would show that a machine has an older copy."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "model.py").write_text((ROOT / "model.py").read_text() + "# another\n")
-    argv, both = arguments(demo_folder, tmp_path / "out"), []
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
-    for rank, folder in enumerate((ROOT, tmp_path)):
-        both.append(subprocess.Popen([sys.executable, folder / "train.py", *argv], env=env | dict(RANK=str(rank)),
-                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    said = "".join(process.communicate(timeout=100)[0] for process in both)
-    assert [process.returncode for process in both] == [1, 1] and not (tmp_path / "out").exists(), said
-    ours, theirs = (checkpoint.digest(folder / "model.py")[:16] for folder in (ROOT, tmp_path))
-    assert f"rank 1: model.py is {theirs!r}, on rank 0 {ours!r}; start all processes with the same" in said
 
 
 @pytest.mark.parametrize("number, all_of_them", [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
