@@ -44,7 +44,6 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -137,32 +136,10 @@ def join_world(device_name):
     if name == "cuda":
         torch.cuda.set_device(world.device)
     if "RANK" in os.environ:
-        meet(world)
+        # gloo adds up numbers that are on the CPU, so that no process waits for its GPU to count targets
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
+                                device_id=world.device if name == "cuda" else None)
     return world
-
-
-def meet(world):
-    """Make the process group. SystemExit if a process does not come; where torchrun does not watch, in a minute."""
-    nccl = world.device.type == "cuda"
-    # A process that dies is noticed at once, by torchrun or by its neighbours; one that hangs, after this time. It must
-    # be longer than anything that one process does alone: the demo's corpus, reading a checkpoint over
-    later = timedelta(minutes=10)
-    seconds = os.environ.get("SMOLTOLK_MEET_SECONDS", 600 if dist.is_torchelastic_launched() else 20)
-    first = timedelta(seconds=int(seconds))  # without torchrun, before they have met, nobody sees that one has died
-    try:  # to reach the first process is tried twice, with a pause between
-        store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=first / 2 if world.rank else first))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, with dead addresses in it
-            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        # gloo for numbers on the CPU: no process waits for its GPU to sum them. It finds its network by the host's name
-        # alone; where that names the loopback, several machines need GLOO_SOCKET_IFNAME
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", device_id=world.device if nccl else None,
-                                store=store, rank=world.rank, world_size=world.size, timeout=first)
-    except RuntimeError as error:
-        raise SystemExit(f"rank {world.rank}: the {world.size} processes have not met at {os.environ['MASTER_ADDR']}:"
-                         f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); see why the first of them ended,"
-                         f" and start all again within {seconds} s (SMOLTOLK_MEET_SECONDS)") from None
-    store.set_timeout(later)
-    dist.distributed_c10d._set_pg_timeout(later)
 
 
 def share(value, world):

@@ -5,7 +5,6 @@ SMOLTOLK_KILLS=200 python -m pytest tests/test_crash.py -k again      more kills
 import errno
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -345,20 +344,6 @@ def test_a_process_that_dies_ends_all(demo_folder, tmp_path):
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None) and time.monotonic() - began < 60
     codes, said = start(demo_folder, tmp_path / "err", [{}, {"train.train_step": (7, OSError("here"))}], 2).end(60)
     assert codes == [1, 1] and "OSError: here" in said
-
-
-def test_a_process_that_dies_before_all_have_met_ends_all(demo_folder, tmp_path):
-    """Killed before it comes, when it has come to the store (which the first holds), and before it connects to all."""
-    groups, points = [], ("dist.rendezvous", "dist.init_process_group", "dist.distributed_c10d.ProcessGroupGloo")
-    for point, dies in itertools.product(points, (0, 2)):
-        out, hits = tmp_path / f"{len(groups)}", [{}, {}, {}]
-        hits[dies] = {f"evaluate.{point}": (1, signal.SIGKILL)}
-        groups.append((dies, Started(arguments(demo_folder, out), out.with_suffix(".said"), hits, 3,
-                                     SMOLTOLK_MEET_SECONDS="4")))
-    for dies, group in groups:
-        codes, said = group.end(60)
-        assert codes == [-signal.SIGKILL if rank == dies else 1 for rank in range(3)], said
-        assert said.count("the 3 processes have not met at 127.0.0.1:") == 2 and "start all again" in said, said
 
 
 @pytest.mark.parametrize("number, all_of_them", [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
