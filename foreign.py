@@ -1,23 +1,16 @@
 """
 Files that someone else made are read within bounds, or refused in one line.
 
-Nothing here runs what a file holds, or believes a number in it before the file is seen to be large enough. Every fault
-is a ValueError "PATH: ...". Pickles are read nowhere but in convert.py, which runs nothing of them either.
+Nothing here unpickles. Every fault is a ValueError "PATH: ...". Pickles are read nowhere but in convert.py, which runs
+nothing of them.
 """
 import json
 import lzma
-import math
 import os
-import re
 
 import numpy as np
 
 MAX_FILE = 1 << 28  # bytes of a file that is read whole; the largest tokenizer.json in use has about 1 << 25
-
-# The header of an .npy file exactly as numpy.save writes it for numbers; numpy itself would evaluate what stands there.
-NPY_MAGIC = b"\x93NUMPY\x01\x00"
-NPY_HEADER = re.compile(rb"\{'descr': '(\|[biu]1|[<>][iu][248]|[<>]f[248])', 'fortran_order': (True|False), "
-                        rb"'shape': \((|\d{1,18},|\d{1,18}(?:, \d{1,18}){1,7})\), \} *\n")
 
 
 def one_line(error):
@@ -58,40 +51,32 @@ def read_json(path, *kinds):
 
 
 def read_array(path):
-    """The numbers in an .npy file, memory-mapped and read-only; ValueError if it is not exactly as long as it says."""
+    """The numbers in an .npy file, memory-mapped and read-only. ValueError, also for bytes too few or too many."""
     try:
-        with open(path, "rb") as file:
-            magic, length = file.read(8), int.from_bytes(file.read(2), "little")
-            header, start, size = NPY_HEADER.fullmatch(file.read(length)), 10 + length, os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if magic != NPY_MAGIC or not header:
-        raise ValueError(f"{path}: cannot be read (not an array of numbers as numpy.save writes it)")
-    dtype, order = np.dtype(header[1].decode()), "F" if header[2] == b"True" else "C"
-    shape = tuple(int(n) for n in header[3].split(b",") if n)
-    if start + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"{path}: cannot be read ({size - start} bytes of data for {dtype} {list(shape)})")
-    if size == start:
-        return np.empty(shape, dtype, order)
-    return np.memmap(path, dtype, "r", start, shape, order)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if type(array) is not np.memmap or array.dtype.kind not in "iuf":
+            raise ValueError("not an array of numbers as numpy.save writes it")
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError(f"{os.path.getsize(path)} bytes, its header says {array.offset + array.nbytes}")
+    except Exception as error:  # a damaged header makes numpy raise many kinds of exceptions
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from None
+    return array
 
 
 def read_tensors(path):
-    """{name: tensor} of a .safetensors file, on the CPU; ValueError also for weights that are not finite floats."""
+    """{name: tensor} of a .safetensors file, on the CPU. ValueError, also for weights that are not finite floats."""
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
     for name, tensor in tensors.items():
-        if not name.isprintable() or len(name) > 200:
-            raise ValueError(f"{path}: {name[:60]!r} is no tensor's name")
-        counter = tensor.dtype == torch.int64 and tensor.dim() == 0  # of batches, in the batch norm of some HuBERTs
+        counter = tensor.dtype == torch.int64 and tensor.dim() == 0  # some HuBERTs count batches in their batch norm
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) and not counter:
-            raise ValueError(f"{path}: tensor {name!r} is {tensor.dtype}, not floats of 16 bits or more")
+            raise ValueError(f"{path}: tensor {name[:60]!r} is {tensor.dtype}, not floats of 16 bits or more")
         if not tensor.isfinite().all():
-            raise ValueError(f"{path}: tensor {name!r} has values that are not finite; copy the file again")
+            raise ValueError(f"{path}: tensor {name[:60]!r} has values that are not finite; copy the file again")
     return tensors
