@@ -1,364 +1,313 @@
 """
-How fast is it here? Training steps, scoring, generation, the data path, on whatever machine this is.
+How fast is it on this machine? Measures training steps, scoring, generation and the data path.
 
     python bench.py config/train_150m.py --sequence_length=1024 --micro_batch=1          a CPU: a step of one sequence
-    python bench.py config/train_150m.py --what=train --micro_batches=4                  a GPU: 4 x 16 sequences a step
-    python bench.py config/train_150m.py --what=train --pair="residual=false beta=0.1"   A B A B, and B's rate over A's
-    python bench.py config/train_2b.py --what=memory --micro_batch=8                     does it fit? By arithmetic
-    torchrun --nproc_per_node=2 bench.py config/train_150m.py --what=train,ddp           the processes of a real run
+    python bench.py config/train_150m.py --what=train --micro_batches=4                  a GPU: a step of 4 x 16
+    python bench.py config/train_150m.py --what=train --pair="residual=false beta=0.1"   compare with other settings
 
-Settings: train.py's (the config file's, --key=value) and the ones below. Nothing need be on disk: data is a random
-paired set of natural shape (1.3 tokens and 5 units a word), weights are random in the shape that the config names.
+The settings are those of train.py and the ones below. No data and no weights are needed: both are random, the weights
+in the shape that the config names. The parts are:
 
-    train       a step is forward, backward, clipping and AdamW, by train.train_step on batches of train.step_batches:
-                for each kind of sequence, mixed as in the last stage, and for stage 1 (frozen backbone)
-    ddp         under torchrun, for each stage: steps with and without the sum of gradients over processes, what is sent
-    score       pairs of sentences with a common beginning: together, and one sequence at a time
-    generate    100 tokens after a prompt of 100, greedy: over caches, and reading all again for each; the bound is
-                the backbone's weights read once a token at the memory's measured rate
-    data        batches of interleaved sequences and of the mixture, one process; opening a set of 10 billion tokens
-                (a sparse file: zeros that take no room, so this times maps and checks, not a disk)
-    memory      what a training step needs: weights, gradients, AdamW, and what the forward pass saves for backward
+    train       A step is forward, backward, clipping and AdamW, as in train.py. It is timed for each kind of sequence,
+                for the mixture of the last stage, and for stage 1, where the backbone is frozen.
+    score       Log-likelihoods of pairs of sentences that begin alike, in batches and one sentence at a time.
+    generate    100 text tokens after a prompt of 100, with a KV cache, and with a full forward pass for each token.
+                Each token needs all weights of the backbone, so memory bandwidth sets an upper bound.
+    data        Making batches, in one thread, and opening a set of 10 billion tokens.
 
-FLOPs are counted by model.forward_flops. Shares of the peak are of matrix products measured in the same run, and (mfu)
-of a known GPU's data sheet. --reference=true also trains transformers' Llama of the same shape, its vocabulary widened
-by units and switch, on the same tokens (of several processes each by itself). --hook=FILE.py trains anything else:
+--pair adds a model with other settings. --reference=true adds transformers' Llama of the same shape on the same ids,
+with a vocabulary that holds them all. In one process the two or three models take turns, A B A B.
 
-    def build(config, device):    # model.Config -> whatever step wants: model, optimizer, ...
-    def step(state, tokens):      # one training step on int64 [B, T + 1] ids, on that device
-
-Times are medians over --steps repetitions after --warmup. Results: a table here and bench.json.
+Times are medians over --steps repetitions after --warmup. FLOPs are counted by model.forward_flops. `of peak` is the
+share of what large matrix products reach in the same run, `mfu` the share of what a known GPU's data sheet says. With
+torchrun, tokens/s counts all processes, and FLOPs and memory are those of one. Progress goes to standard error. The
+results are a table and bench.json.
 """
 import copy
 import importlib
+import itertools
 import json
 import platform
-import runpy
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import data
-import evaluate
-import model as smoltolk
 import sample
 import train
 from configurator import apply_override, configure
+from data import micro_batches as make_micro_batches
+from data import open_source
+from evaluate import log_likelihood
+from model import LLAMA, Config, is_new, selector_entropy
+from runtime.datasets import FORMAT, write_set
+from runtime.devices import pick_dtype, reuse_memory
+from runtime.distributed import ALONE, all_sum, distribute, join_world, leave_world
+from runtime.log import utilisation
+from runtime.tokenizer import Tokenizer
 
-what = "train,score,generate,data"  # and ddp, memory
+what = "train,score,generate,data"  # the parts to measure
 steps = 3                    # timed repetitions
-warmup = 1                   # untimed ones before
-micro_batches = 1            # forward passes of a process in one step; batch_tokens follows
-pair = ""                    # settings of the other side of a comparison, as key=value key=value
+warmup = 1                   # untimed repetitions before them, in which torch.compile does its work
+micro_batches = 1            # forward passes of a process in one step; batch_tokens follows from it
+pair = ""                    # other settings to compare with, as "key=value key=value"
 reference = False            # compare with transformers' Llama too
-hook = ""                    # and with the code in this file
-profile = False              # trace of a mixed step (bench.trace.json), the ten costliest operations
-out = "bench.json"           # results
+profile = ""                 # file for a trace of mixed training steps, for chrome://tracing or Perfetto
+out = "bench.json"           # file for the results
+DEFAULTS = train.DEFAULTS | dict(what=what, steps=steps, warmup=warmup, micro_batches=micro_batches, pair=pair,
+                                 reference=reference, profile=profile, out=out)
 
-OWN = {k: v for k, v in globals().items() if isinstance(v, (bool, int, str)) and not k.startswith("_")}
-SHAPES = {  # of the backbones that configs name, where their folders are missing: d, FFN, layers, heads, kv heads
-    "smollm-135m": (576, 1536, 30, 9, 3),
-    "smollm-360m": (960, 2560, 32, 15, 5),
-    "smollm-1.7b": (2048, 8192, 24, 32, 32)}
+# Shapes of the backbones that the configs name, for machines where their folders are missing.
 SHAPE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-PROMPT, NEW = 100, 100       # tokens of generation
-NO_TOKENIZER = SimpleNamespace(eos=0)  # what a model needs of one
-BIG = 10_000_000_000         # tokens of the set that is opened
+SHAPES = {"smollm-135m": (576, 1536, 30, 9, 3),
+          "smollm-360m": (960, 2560, 32, 15, 5),
+          "smollm-1.7b": (2048, 8192, 24, 32, 32)}
+PROMPT, NEW = 100, 100       # tokens that are read and made in generation
+LARGE = 10_000_000_000       # tokens of the large set
+START = time.perf_counter()
+
+
+def tell(world, text):
+    """Print a line of progress, with the seconds since the start."""
+    if world.rank == 0:
+        print(f"{time.perf_counter() - START:7.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine
 
 def now(device):
-    """Seconds, once the device has done all that it was told to."""
+    """The time in seconds, once the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def median_seconds(run, device, times, untimed=1):
-    """Median time of run()."""
+def median_seconds(run, device, times):
+    """Median time of run(), after one call that does not count."""
     spent = []
-    for _ in range(untimed + times):
+    for _ in range(1 + times):
         began = now(device)
         run()
         spent.append(now(device) - began)
-    return statistics.median(spent[untimed:])
+    return statistics.median(spent[1:])
 
 
 def matmul_rate(device, dtype):
-    """FLOP/s of square matrix products, the largest seen."""
+    """FLOP/s of products of large square matrices, the best of three medians."""
     n = 8192 if device.type == "cuda" else 2048 if dtype == torch.float32 else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n ** 3 / min(median_seconds(lambda: a @ b, device, 3) for _ in range(3))
 
 
 def read_rate(device):
-    """Bytes a second that come out of memory: the sum of an array far larger than any cache."""
-    x = torch.ones((1 << 31 if device.type == "cuda" else 1 << 29) // 4, device=device)
-    return 4 * len(x) / median_seconds(x.sum, device, 5)
+    """Bytes a second that are read from memory: the sum of an array far larger than any cache."""
+    n_bytes = 1 << 31 if device.type == "cuda" else 1 << 29
+    x = torch.ones(n_bytes // 4, device=device)
+    return n_bytes / median_seconds(x.sum, device, 5)
 
 
-def reset_peak(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
-
-
-def peak_bytes(device):
-    """Highest use of memory since reset_peak: the allocator's on CUDA, this process's resident size on Linux."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = [line.split() for line in status.read_text().splitlines()] if status.exists() else []
-    return next((1024 * int(line[1]) for line in lines if line[0] == "VmHWM:"), None)
-
-
-def machine(c, world):
-    """What the numbers were measured on, and its own rates."""
-    gpu, dtype = world.device.type == "cuda", train.pick_dtype(c.dtype, world.device)
-    rates = {t: matmul_rate(world.device, getattr(torch, t)) for t in ("float32", "bfloat16")}
-    return dict(device=torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
-                processes=world.size, threads=torch.get_num_threads(), torch=torch.__version__, compile=c.compile,
-                dtype=str(dtype).removeprefix("torch."), matmul_flops=rates, read_bytes=read_rate(world.device))
+def measure_machine(c, world):
+    """What the numbers are measured on, and how fast it multiplies matrices and reads memory."""
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
+    rates = {dtype: matmul_rate(world.device, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    return dict(device=name, processes=world.size, threads=torch.get_num_threads(), torch=torch.__version__,
+                compile=c.compile, dtype=str(pick_dtype(c.dtype, world.device)).removeprefix("torch."),
+                matmul_flops=rates, read_bytes=read_rate(world.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is measured: a model, data and settings out of nothing
+# settings, model and data, without any file
 
 def prepare(settings, name, world):
-    """Settings as train.py has them, with batch_tokens of the step that is timed, and the shape of the model."""
-    rows = settings["micro_batch"] * settings["micro_batches"] * world.size
-    settings |= dict(batch_tokens=settings["sequence_length"] * rows)
-    c = train.check_settings(settings, name, world)
-    known = Path(c.tokenizer).is_file()
-    c.vocab_size = c.vocab_size or (data.Tokenizer(c.tokenizer).vocab_size if known else 49152)
+    """Check the settings as train.py does, and fill in what it would read from files. Returns a namespace."""
+    sequences = settings["micro_batch"] * settings["micro_batches"] * world.size
+    c = train.check_settings(settings | dict(batch_tokens=sequences * settings["sequence_length"]), name, world)
+    if not c.vocab_size:
+        c.vocab_size = Tokenizer(c.tokenizer).vocab_size if Path(c.tokenizer).is_file() else 49152
     c.n_units = c.n_units or 500
     if c.init_from and not Path(c.init_from).is_dir():
-        stem = Path(c.init_from).name.lower().replace("smollm2", "smollm")
-        if stem not in SHAPES:
+        size = Path(c.init_from).name.lower().replace("smollm2", "smollm")
+        if size not in SHAPES:
             raise SystemExit(f"{c.init_from}: no such folder, and no shape known for it; name one that is there, or set"
                              f" --init_from= and --hidden_size and the like; known: {', '.join(SHAPES)}")
-        vars(c).update(zip(SHAPE, SHAPES[stem]), init_from="")
+        vars(c).update(zip(SHAPE, SHAPES[size]), init_from="")
     return c
 
 
-def random_set(folder, config, words=500_000):
-    """A paired set of random ids: 1.3 tokens and 5 units a word, documents of 250 words. Returns its folder."""
-    rng, size = np.random.default_rng(0), {}
-    size["text"] = rng.choice(3, words, p=[0.78, 0.14, 0.08]) + 1
-    size["speech"] = rng.integers(2, 9, words)
-    ends = np.append(np.arange(249, words - 1, 250), words - 1)  # where a document's EOS stands
-    eos = dict(text=config.eos_token_id, speech=config.n_units)
-    limit = dict(text=config.vocab_size, speech=config.n_units)
-    arrays, folder = {"documents": np.append(0, ends + 1)}, Path(folder)
-    for s in size:
-        size[s][ends] = 1
-        arrays[f"{s}_words"] = np.append(0, np.cumsum(size[s]))
-        arrays[s] = rng.integers(0, limit[s], arrays[f"{s}_words"][-1]).astype(np.uint16)
-        arrays[s][arrays[f"{s}_words"][ends]] = eos[s]
-    meta = dict(format=data.FORMAT, kind="paired", source="random", documents=len(ends), words=words,
-                text=dict(tokens=len(arrays["text"]), vocab_size=config.vocab_size, eos=eos["text"], tokenizer=""),
-                speech=dict(tokens=len(arrays["speech"]), n_units=config.n_units, rate=25, vocabulary=""))
-    write_arrays(folder, meta, arrays)
-    return folder
-
-
-def write_arrays(folder, meta, arrays):
-    folder.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def build_model(c, world):
-    model = train.build_model(c, NO_TOKENIZER)
-    for layer in [*model.input_adapter, *model.output_adapter]:  # zeros at the start, which would be no work for some
-        for matrix in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-            torch.nn.init.normal_(matrix, std=0.02)
+def make_model(c, world):
+    model = train.build_model(c, SimpleNamespace(eos=0))
+    model.apply(lambda module: setattr(module, "recompute", c.recompute))
+    if c.compile:
+        model.compiled_read = torch.compile(model.read)
     return model.to(world.device)
+
+
+def make_autocast(c, world):
+    is_half = pick_dtype(c.dtype, world.device) == torch.bfloat16
+    return torch.autocast(world.device.type, torch.bfloat16) if is_half else nullcontext()
+
+
+def write_random_set(folder, vocab_size, n_units, n_documents=400):
+    """A paired data set of random ids: documents of 250 words, 1.3 text tokens and 5 units a word on average."""
+    rng = np.random.default_rng(0)
+
+    def random_words(sizes, n_ids):
+        return np.split(rng.integers(n_ids, size=sizes.sum()), np.cumsum(sizes)[:-1])
+
+    documents = []
+    for _ in range(n_documents):
+        text_sizes, speech_sizes = rng.choice([1, 2, 3], 250, p=[0.78, 0.14, 0.08]), rng.integers(2, 9, 250)
+        documents.append((random_words(text_sizes, vocab_size), random_words(speech_sizes, n_units)))
+    write_set(folder, "paired", documents, SimpleNamespace(vocab_size=vocab_size, eos=0, hash=""),
+              dict(n_units=n_units, rate=25, hash=""), source="random")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training steps
 
-def ours(c, world, stage):
-    """(model, optimizer, what a step calls, a function that takes one step on a list of data.Batch)."""
-    model = build_model(c, world)
-    train.set_trainable(model, stage["train"])
-    optimizer, runner = train.make_optimizer(model, c, world.device), train.make_runner(model, c, world)
-    autocast = half(c, world)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-4
-    return model, optimizer, runner, lambda batches, runner=runner: train.train_step(runner, optimizer, batches, c,
-                                                                                      world, autocast)
+class Side(NamedTuple):
+    """One side of a comparison of training steps."""
+    run: Callable      # takes the list of micro-batches of one step
+    steps: list        # the micro-batches of each step
+    flops: float = 0   # of one step in this process; 0: not known
 
 
-def half(c, world):
-    is_half = train.pick_dtype(c.dtype, world.device) == torch.bfloat16
-    return torch.autocast(world.device.type, torch.bfloat16) if is_half else nullcontext()
-
-
-def llama(c, world, config):
-    """A step of transformers' Llama on the same ids, in eager mode or compiled as ours."""
-    transformers = importlib.import_module("transformers")
-    shape = {key: getattr(config, key) for key in smoltolk.LLAMA} | dict(vocab_size=config.switch + 1)
-    their = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=True)).to(world.device)
-    optimizer = torch.optim.AdamW(their.parameters(), 1e-4, (c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
-    runner, autocast = torch.compile(their) if c.compile else their, half(c, world)
-
-    def step(batches):
-        for batch in batches:
-            ids = batch.tokens.to(world.device, non_blocking=True)
-            with autocast:
-                loss = runner(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
-            (loss / len(batches)).backward()
-        torch.nn.utils.clip_grad_norm_(their.parameters(), c.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step
-
-
-def hooked(c, world, config):
-    """A step of the user's own code."""
-    try:
-        code = runpy.run_path(c.hook)
-        build, step = code["build"], code["step"]
-    except (OSError, SyntaxError, KeyError) as e:
-        raise SystemExit(f"{c.hook}: cannot be used ({type(e).__name__}: {e}); give a file with build(config, device)"
-                         f" and step(state, tokens)") from None
-    state = build(config, world.device)
-    return lambda batches: [step(state, batch.tokens.to(world.device)) for batch in batches]
-
-
-def stages_of(c):
-    """{row of the table: stage}: each kind alone and all mixed as in the last stage, and the frozen stage if any."""
-    last, frozen = list(c.stages.values())[-1], [s for s in c.stages.values() if s["train"] == "new"]
+def choose_stages(c):
+    """{row of the table: stage}: each kind of sequence and their mixture as in the last stage, and the frozen stage."""
+    last = list(c.stages.values())[-1]
     rows = {kind: last | dict(mixture={kind: 1}) for kind in last["mixture"]}
     if len(rows) > 1:
         rows["mixed"] = last
-    return rows | ({"stage 1": frozen[0]} if frozen else {})
+    for stage in c.stages.values():
+        if stage["train"] == "new":
+            rows.setdefault("stage 1", stage)
+    return rows
 
 
-def draw_batches(c, world, stage, config, sources):
-    """Steps' batches: as many steps as it takes for each kind to come up in its share."""
-    make = train.step_batches(c, config, sources, stage, 0, world)
-    parts, rows = sum(stage["mixture"].values()), c.batch_tokens // c.sequence_length
-    return [make(step) for step in range(1 if rows % parts == 0 else parts)]
+def draw_steps(c, world, stage, config, folder):
+    """The micro-batches of one step, or of as many steps as it takes for each kind to come up in its share."""
+    sources = dict.fromkeys(stage["mixture"], open_source("interleaved", [folder]))
+    parts = sum(stage["mixture"].values())
+    n_steps = 1 if c.batch_tokens // c.sequence_length % parts == 0 else parts
+    return [make_micro_batches(step, sources, stage, 0, c, config, world) for step in range(n_steps)]
 
 
-def time_steps(sides, c, world):
-    """{side: result} of sides {name: (step, [batches of each step], FLOPs)}: A B A B ..., in one process."""
-    spent, peak = {name: [] for name in sides}, dict.fromkeys(sides, 0)
-    for repetition in range(c.warmup + c.steps):
-        for name, (step, batches, _) in sides.items():
-            reset_peak(world.device)
-            began = now(world.device)
-            for one in batches:
-                step(one)
-            spent[name] += [(now(world.device) - began) / len(batches)] * (repetition >= c.warmup)
-            peak[name] = max(peak[name], peak_bytes(world.device) or 0)
+def smoltolk_side(c, world, stage, model, folder):
+    """Training steps of our model, as in the loop of train.py."""
+    train.set_trainable(model, stage["train"])
+    optimizer, autocast = train.make_optimizer(model, c), make_autocast(c, world)
+    net = distribute(model, world)
+
+    def run(batches):
+        n_text, n_speech = all_sum(train.count_targets(batches), world).tolist()
+        for i, batch in enumerate(batches):
+            net.require_backward_grad_sync = i == len(batches) - 1
+            batch = batch.apply(lambda tensor: tensor.to(world.device, non_blocking=True))
+            with autocast:
+                out = net(batch.ids, batch.targets, batch.layout)
+            loss = (out.text_nll.sum() + out.speech_nll.sum()) / (n_text + n_speech)
+            if out.log_omega is not None:
+                loss = loss - c.beta * selector_entropy(out.log_omega, batch.layout.speech) / max(1, n_speech)
+            (loss * world.size).backward()
+            del out, loss
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
+        norm.item()  # train.py checks it in every step, for which a GPU has to finish its work
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=world.size == 1)
+
+    steps_to_time = draw_steps(c, world, stage, model.config, folder)
+    flops = [train.step_flops(model.config, batches, stage) for batches in steps_to_time]
+    return Side(run, steps_to_time, statistics.mean(flops))
+
+
+def llama_step(c, world, config):
+    """A function that takes one training step of transformers' Llama on the same ids, compiled if ours is."""
+    transformers = importlib.import_module("transformers")
+    shape = {key: getattr(config, key) for key in LLAMA} | dict(vocab_size=config.switch + 1)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=True)).to(world.device)
+    optimizer = torch.optim.AdamW(llama.parameters(), betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
+    net, autocast = torch.compile(llama) if c.compile else llama, make_autocast(c, world)
+
+    def run(batches):
+        for batch in batches:
+            ids = batch.ids.to(world.device, non_blocking=True)
+            with autocast:
+                loss = net(input_ids=ids, labels=ids, use_cache=False).loss  # it shifts the labels itself
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def time_side(side, device):
+    """Take all steps of a side once -> (seconds a step, highest use of memory in bytes; 0 on a CPU)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = now(device)
+    for batches in side.steps:
+        side.run(batches)
+    seconds = (now(device) - began) / len(side.steps)
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def compare_sides(row, sides, c, world):
+    """{side: result}. The sides take turns, so that a change in the machine's speed meets all of them."""
+    timed = {name: [] for name in sides}
+    for repetition in range(-c.warmup, c.steps):
+        latest = {name: time_side(side, world.device) for name, side in sides.items()}
+        if repetition >= 0:
+            for name, times in timed.items():
+                times.append(latest[name])
+        shown = ", ".join(f"{name} {seconds:.3f} s" for name, (seconds, _) in latest.items())
+        tell(world, f"train: {row}, {'warm-up' if repetition < 0 else 'timed'}: {shown}")
+
     results = {}
-    for name, (_, batches, flops) in sides.items():
-        seconds = statistics.median(spent[name])
-        tokens = sum(b.tokens.numel() - len(b.tokens) for one in batches for b in one) * world.size / len(batches)
-        results[name] = dict(seconds=seconds, spread=[min(spent[name]), max(spent[name])], peak_bytes=peak[name],
-                             tokens_per_second=tokens / seconds, flops=flops, flops_per_second=flops / seconds,
-                             mfu=train.utilisation(flops / seconds, world.device))
+    for name, side in sides.items():
+        all_seconds, peak_bytes = zip(*timed[name])
+        seconds = statistics.median(all_seconds)
+        tokens = sum(batch.ids.numel() for batches in side.steps for batch in batches) / len(side.steps) * world.size
+        rate = side.flops / seconds
+        results[name] = dict(seconds=seconds, spread=[min(all_seconds), max(all_seconds)], peak_bytes=max(peak_bytes),
+                             tokens_per_second=tokens / seconds, flops=side.flops, flops_per_second=rate,
+                             mfu=utilisation(rate, world.device))
     return results
 
 
-def bench_train(c, world, folder, other=None):
-    """{row: {side: result}}; side "this" has the settings given."""
-    table, models = {}, {}
-    stages = stages_of(c)
-    for row, stage in stages.items():
-        sides = {}
-        for name, settings in (("this", c), ("pair", other)):
-            if settings is None:
-                continue
-            key = name, stage["train"]
-            if key not in models:
-                models = {k: m for k, m in models.items() if k[0] != name}  # one model of a side at a time
-                models[key] = ours(settings, world, stage)
-            model, *_, step = models[key]
-            config = model.config
-            sources = dict.fromkeys(stage["mixture"], data.open_source("interleaved", [folder], length=0))
-            batches = draw_batches(settings, world, stage, config, sources)
-            flops = [train.step_flops(config, one, stage, settings.sequence_length) for one in batches]
-            sides[name] = step, batches, sum(flops) / len(flops)
-        if stage["train"] == "all":
-            for name, build in (("transformers", llama if c.reference else None), ("hook", hooked if c.hook else None)):
-                if build and name not in models:
-                    models[name] = build(c, world, config)
-                if build:  # of its own FLOPs nothing is known: rates only
-                    sides[name] = models[name], sides["this"][1], 0
-        table[row] = time_steps(sides, c, world)
-        if c.profile and row == ("mixed" if "mixed" in stages else list(stages)[-1]):
-            table[row]["top ten"] = trace(sides["this"], c, world)
-    return table
-
-
-def trace(side, c, world):
-    """Profile one round of steps: bench.trace.json for chrome://tracing or Perfetto; [operation, ms] of the top ten."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] * (world.device.type == "cuda")
-    step, batches, _ = side
-    with torch.profiler.profile(activities=activities) as profiled:
-        for one in batches:
-            step(one)
-        now(world.device)
+def profile_side(side, c, world):
+    """Write a trace of the steps to c.profile, and print the ten costliest operations."""
+    with torch.profiler.profile() as profiler:
+        time_side(side, world.device)
     if world.rank == 0:
-        profiled.export_chrome_trace(str(Path(c.out).with_suffix(".trace.json")))
-    cost = "self_device_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(profiled.key_averages(), key=lambda e: -getattr(e, cost))[:10]
-    return [[e.key, getattr(e, cost) / 1e3] for e in events]
+        profiler.export_chrome_trace(c.profile)
+        cost = "self_device_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(cost, row_limit=10, max_name_column_width=50), file=sys.stderr)
 
 
-def bench_ddp(c, world, folder):
-    """Of each stage: what DistributedDataParallel sends in a step, seen by its communication hook, and what it costs.
-
-    Timed in turn: a step; the sums alone, of the same buckets; a step without them. The share of the sums' time by
-    which a step does not get longer is hidden behind the backward pass, in which the first starts so long before the
-    last.
-    """
-    table, sent = {}, []
-
-    def note(group, bucket):
-        sent.append((time.perf_counter(), bucket.index(), bucket.buffer(), sum(p.numel() for p in bucket.parameters())))
-        return allreduce_hook(group, bucket)
-
-    def sums_alone(_):
-        for work in [dist.all_reduce(buffer, async_op=True) for *_, buffer, _ in sent]:
-            work.wait()
-
-    for name, stage in c.stages.items():
-        model, _, runner, step = ours(c, world, stage)
-        runner.register_comm_hook(None, note)
-        sources = dict.fromkeys(stage["mixture"], data.open_source("interleaved", [folder], length=0))
-        steps = draw_batches(c, world, stage, model.config, sources)[:1], 0
-        runs = dict(step=lambda batches, step=step: (sent.clear(), step(batches)), sums_alone=sums_alone,
-                    step_unsummed=lambda batches, step=step, runner=runner: step(batches, runner.module))
-        seconds = {key: r["seconds"] for key, r in
-                   time_steps({key: (run, *steps) for key, run in runs.items()}, c, world).items()}
-        hidden = 1 - (seconds["step"] - seconds["step_unsummed"]) / seconds["sums_alone"]
-        began, indices, buffers, sizes = zip(*sent)
-        table |= {f"{name}_{key}_seconds": value for key, value in seconds.items()}
-        table |= {f"{name}_first_before_last_seconds": began[-1] - began[0], f"{name}_hidden": hidden,
-                  f"{name}_sent_bytes": sum(b.nbytes for b in buffers),
-                  f"{name}_all_reduces": len(sent), f"{name}_buckets": len(set(indices)),
-                  f"{name}_parameters": sum(sizes)}
+def bench_train(c, world, folder, other=None):
+    """{row: {side: result}}. Side "this" has the settings c, side "pair" the settings `other`, unless that is None."""
+    settings = {"this": c} if other is None else {"this": c, "pair": other}
+    models = {name: make_model(its_settings, world) for name, its_settings in settings.items()}
+    run_llama = llama_step(c, world, models["this"].config) if c.reference else None
+    table, stages = {}, choose_stages(c)
+    for row, stage in stages.items():
+        sides = {name: smoltolk_side(settings[name], world, stage, model, folder) for name, model in models.items()}
+        if run_llama and stage["train"] == "all":
+            sides["transformers"] = Side(run_llama, sides["this"].steps)
+        table[row] = compare_sides(row, sides, c, world)
+        if c.profile and row == ("mixed" if "mixed" in stages else list(stages)[0]):
+            profile_side(sides["this"], c, world)
     return table
 
 
@@ -366,180 +315,166 @@ def bench_ddp(c, world, folder):
 # the other parts
 
 def bench_score(c, world, folder):
-    """Sequences a second of pairs of 12-token sentences that differ in their last third, as in BLiMP."""
-    model, rng = build_model(c, world).eval(), np.random.default_rng(0)
+    """Sentences a second, of pairs of 12 tokens that differ in their last third, as in BLiMP."""
+    model, rng = make_model(c, world).eval(), np.random.default_rng(0)
     sentences = rng.integers(1, c.vocab_size, (64, 12))
     sentences[1::2, :8] = sentences[::2, :8]
-    sequences, spans = [[0, *s] for s in sentences.tolist()], [(1, 13)] * 64
-    batch = 512 if world.device.type == "cpu" else 16384  # as evaluate.py has it
+    sequences, spans = [[0, *sentence] for sentence in sentences.tolist()], [(1, 13)] * 64
+    batch_tokens = 512 if world.device.type == "cpu" else 16384  # the defaults of evaluate.py
 
-    def alone():
+    def in_batches():
+        log_likelihood(model, sequences, spans, batch_tokens, candidates=2)
+
+    def one_at_a_time():
         for sequence, span in zip(sequences[:16], spans):
-            evaluate.log_likelihood(model, [sequence], [span])
-    together = median_seconds(lambda: evaluate.log_likelihood(model, sequences, spans, batch), world.device, c.steps)
-    rates = 64 / together, 16 / median_seconds(alone, world.device, c.steps)
-    return dict(batched_per_second=rates[0], one_at_a_time_per_second=rates[1], ratio=rates[0] / rates[1])
+            log_likelihood(model, [sequence], [span])
+
+    batched = 64 / median_seconds(in_batches, world.device, c.steps)
+    alone = 16 / median_seconds(one_at_a_time, world.device, c.steps)
+    return dict(batched_per_second=batched, one_at_a_time_per_second=alone, ratio=batched / alone)
 
 
 @torch.inference_mode()
 def bench_generate(c, world, folder):
-    """Tokens a second of one row, the prompt's pass included; without caches from passes at three lengths."""
-    dtype = train.pick_dtype(c.dtype, world.device)
-    model = build_model(c, world).to(dtype).eval()
-    prompt = torch.arange(17, 17 + PROMPT).tolist()
+    """Text tokens a second in one row. The time of reading the prompt counts, except in decode_per_second."""
+    device = world.device
+    model = make_model(c, world).to(pick_dtype(c.dtype, device)).eval()
+    ids = torch.randint(1, c.vocab_size, (1, PROMPT + NEW), device=device)
 
-    def make(n):
-        for _ in sample.generate(model, [prompt], [("text", n)], lambda x: x[:, 1:].argmax(-1) + 1, c.compile):
-            pass  # EOS, id 0, is never chosen
+    def pick(logits):
+        return 1 + logits[:, 1:].argmax(-1)  # never EOS, whose id is 0
 
-    def again(n):
-        ids = torch.arange(17, 17 + n, device=world.device)[None]
-        return lambda: model(ids, logits=slice(-1, None), heads=("text",)).text_logits.argmax().item()
-    whole, first = (median_seconds(lambda n=n: make(n), world.device, c.steps) for n in (NEW, 1))
-    lengths = (PROMPT, PROMPT + NEW // 2, PROMPT + NEW)
-    uncached = statistics.mean(median_seconds(again(n), world.device, c.steps) for n in lengths)
-    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if not smoltolk.is_new(n))
-    bound = read_rate(world.device) / weights
-    decode = (NEW - 1) / (whole - first)
-    return dict(tokens_per_second=NEW / whole, uncached_per_second=1 / uncached, ratio=NEW / whole * uncached,
-                decode_per_second=decode, bound_per_second=bound, share_of_bound=decode / bound, weight_bytes=weights)
+    def time_cached():
+        """Seconds to the first token, and from there to the last one."""
+        began = now(device)
+        tokens = sample.generate(model, ids[:, :PROMPT].tolist(), [("text", NEW)], pick, c.compile)
+        next(tokens)
+        first = now(device)
+        for _ in tokens:
+            pass
+        return first - began, now(device) - first
+
+    def predict_uncached(length):
+        pick(sample.step(model, ids[:, :length], cache=None, modality="text", speaks=False))
+
+    times = [time_cached() for _ in range(1 + c.steps)][1:]
+    first, rest = (statistics.median(seconds) for seconds in zip(*times))
+    rate, decode = NEW / (first + rest), (NEW - 1) / rest
+    lengths = PROMPT, PROMPT + NEW // 2, PROMPT + NEW
+    uncached = 1 / statistics.mean(median_seconds(partial(predict_uncached, n), device, c.steps) for n in lengths)
+    weight_bytes = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not is_new(name))
+    bound = read_rate(device) / weight_bytes
+    return dict(tokens_per_second=rate, uncached_per_second=uncached, ratio=rate / uncached, decode_per_second=decode,
+                bound_per_second=bound, share_of_bound=decode / bound, weight_bytes=weight_bytes)
 
 
 def bench_data(c, world, folder):
-    """Sequences a second as the training loop draws them; seconds to open a large set and draw from it."""
-    config, length = smoltolk.Config(vocab_size=c.vocab_size, n_units=c.n_units), c.sequence_length + 1
-    source, result = data.open_source("interleaved", [folder]), {}
-    for name, mixture, n in (("interleaved", ["interleaved"], 32), ("interleaved, one by one", ["interleaved"], 1),
-                             ("mixed", ["text", "speech", "interleaved"], 48)):
-        sources, at = dict.fromkeys(mixture, source), iter(range(1 << 60))
+    """Sequences a second as the loader's thread makes them; seconds to open a large set and draw 32 from it."""
+    config, source = Config(vocab_size=c.vocab_size, n_units=c.n_units), open_source("interleaved", [folder])
 
-        def draw(n=n, mixture=mixture, sources=sources, at=at):
-            rows, text_rows = data.sample(sources, dict.fromkeys(mixture, 1), c.seed, 0, n * next(at) + np.arange(n),
-                                          length, config, c.text_span, c.speech_span)
-            data.make_batch(rows, text_rows, config)
-        result[name] = n / median_seconds(draw, torch.device("cpu"), 20 * c.steps)
-    result["tokens_per_second"] = result["interleaved"] * length
-    with tempfile.TemporaryDirectory(dir=folder.parent) as big:
-        ends = np.linspace(0, BIG, 1_000_001).astype(np.int64)
-        meta = dict(format=data.FORMAT, kind="text", source="zeros", documents=len(ends) - 1,
-                    text=dict(tokens=BIG, vocab_size=config.vocab_size, eos=0, tokenizer=""))
-        write_arrays(Path(big) / "set", meta, {"documents": ends})
-        np.lib.format.open_memmap(Path(big) / "set" / "text.npy", "w+", np.uint16, (BIG,))
-        began = time.perf_counter()
-        sources = {"text": data.open_source("text", [Path(big) / "set"], length=length)}
-        data.sample(sources, {"text": 1}, 0, 0, np.arange(32), length, config)
-        result["open_10_billion_seconds"] = time.perf_counter() - began
-    return result
+    def draw(step, kinds, n, source):
+        """Make the batches of a step of n sequences."""
+        settings = SimpleNamespace(**vars(c) | dict(batch_tokens=n * c.sequence_length, micro_batch=n))
+        stage = dict(mixture=dict.fromkeys(kinds, 1), train="all")
+        make_micro_batches(step, dict.fromkeys(kinds, source), stage, 0, settings, config, ALONE)
 
+    def sequences_per_second(kinds, n):
+        numbers = itertools.count()
+        return n / median_seconds(lambda: draw(next(numbers), kinds, n, source), ALONE.device, 20 * c.steps)
 
-def bench_memory(c, world, folder=None):
-    """Bytes of one process in training all weights on a micro-batch of the mixture, by arithmetic. No memory is used.
+    rates = {"interleaved": sequences_per_second(["interleaved"], 32),
+             "interleaved, one by one": sequences_per_second(["interleaved"], 1),
+             "mixed": sequences_per_second(["text", "speech", "interleaved"], 48)}
 
-    16 a parameter: weight, gradient and AdamW's two moments in fp32. Activations: what the forward pass saves for
-    backward, each storage once, counted on fake tensors. Logits: 12 bytes each of those that are there at one time.
-    """
-    own, saved = set(), {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage
-        return tensor
-
-    rows, positions = c.micro_batch, c.micro_batch * c.sequence_length
-    with FakeTensorMode(), half(c, evaluate.ALONE), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
-        model = train.build_model(c, NO_TOKENIZER)
-        own |= {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
-        model.apply(lambda module: setattr(module, "recompute", c.recompute))
-        runner = torch.compile(model, backend="aot_eager_decomp_partition") if c.compile else model
-        ids = torch.zeros(rows, c.sequence_length + 1, dtype=torch.long)
-        text = positions * 4 // 9  # all of a third, and a third of the interleaved third
-        runner(ids[:, :-1], ids[:, 1:], rows // 3, counts=(text, positions - text, positions // 32))
-    parameters = sum(p.numel() for p in model.parameters())
-    parts = dict(states=16 * parameters, activations=sum(storage.nbytes() for storage in saved.values()),
-                 logits=12 * min(smoltolk.LOGITS_AT_ONCE, text * c.vocab_size))
-    return dict(parameters=parameters, **parts, total=sum(parts.values()), fits_80_gb=sum(parts.values()) < 80e9)
+    large = folder.parent / "large"  # its tokens are a sparse file: zeros, which take no room on the disk
+    large.mkdir()
+    documents = np.linspace(0, LARGE, 1_000_001).astype(np.int64)
+    np.save(large / "documents.npy", documents)
+    np.lib.format.open_memmap(large / "text.npy", "w+", np.uint16, (LARGE,))
+    text = dict(tokens=LARGE, vocab_size=c.vocab_size, eos=0)
+    meta = dict(format=FORMAT, kind="text", documents=len(documents) - 1, text=text)
+    (large / "meta.json").write_text(json.dumps(meta))
+    began = time.perf_counter()
+    draw(0, ["text"], 32, open_source("text", [large]))
+    return rates | dict(tokens_per_second=rates["interleaved"] * c.sequence_length,
+                        open_10_billion_seconds=time.perf_counter() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-PARTS = dict(train=bench_train, score=bench_score, generate=bench_generate, data=bench_data,
-             ddp=bench_ddp, memory=bench_memory)
-UNITS = (("_bytes", 1e9, "GB"), ("bytes", 1e9, "GB"), ("states", 1e9, "GB"), ("activations", 1e9, "GB"),
-         ("logits", 1e9, "GB"), ("total", 1e9, "GB"), ("parameters", 1e6, "M"), ("seconds", 1, "s"))
+PARTS = dict(train=bench_train, score=bench_score, generate=bench_generate, data=bench_data)
 
 
 def as_table(report):
     """The page that is printed."""
-    m = report["machine"]
-    peaks = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in m["matmul_flops"].items())
-    lines = [f"{m['device']}, {m['processes']} process(es) of {m['threads']} threads, torch {m['torch']}, {m['dtype']}"
-             + (", compiled" if m["compile"] else ""),
-             f"matrix products, GFLOP/s: {peaks}; memory read at {m['read_bytes'] / 1e9:,.1f} GB/s", ""]
-    if "train" in report:
-        heads = (("training step", -28), ("s", 9), ("tokens/s", 12), ("GFLOP/s", 11), ("of peak", 9), ("mfu", 7),
-                 ("GB", 7), ("ratio", 8))
-        lines.append("".join(head.ljust(-n) if n < 0 else head.rjust(n) for head, n in heads))
-    for row, sides in report.get("train", {}).items():
-        first = sides["this"]["tokens_per_second"]
-        for side, r in sides.items():
-            if side == "top ten":
-                lines += [f"    {ms:10.1f} ms  {name}" for name, ms in r]
-                continue
-            share = r["flops_per_second"] / m["matmul_flops"][m["dtype"]]
-            rates = f"{r['flops_per_second'] / 1e9:11,.0f}{share:9.1%}" if r["flops"] else f"{'':20}"
-            mfu = f"{r['mfu']:7.1%}" if r["mfu"] and r["flops"] else " " * 7
-            ratio = "" if side == "this" else f"{r['tokens_per_second'] / first:8.2f}"
-            lines.append(f"{row + (', ' + side if side != 'this' else ''):28}{r['seconds']:9.3f}"
-                         f"{r['tokens_per_second']:12,.0f}{rates}{mfu}{r['peak_bytes'] / 1e9:7.1f}{ratio}")
-    if "hours" in report:
-        hours = ", ".join(f"{key} {value:.1f}" for key, value in report["hours"].items())
-        lines += ["", f"hours, if every GPU goes on as these did: {hours}"]
-    for part in [part for part in PARTS if part in report and part != "train"]:
-        lines += ["", part]
-        for key, value in report[part].items():
-            scale, unit = next(((s, u) for end, s, u in UNITS if key.endswith(end)), (1, ""))
-            shown = f"{value / scale:14,.3f} {unit}" if value is not None else f"{'-':>14}"
-            lines.append(f"    {key.replace('_', ' '):28}{shown}")
+    machine = report["machine"]
+    rates = ", ".join(f"{dtype} {rate / 1e9:,.0f}" for dtype, rate in machine["matmul_flops"].items())
+    lines = [f"{machine['device']}, {machine['processes']} process(es) of {machine['threads']} threads, torch"
+             f" {machine['torch']}, {machine['dtype']}{', compiled' if machine['compile'] else ''}",
+             f"matrix products, GFLOP/s: {rates}; memory read at {machine['read_bytes'] / 1e9:,.1f} GB/s"]
+    for part in [part for part in PARTS if part in report]:
+        lines += ["", *(train_lines(report) if part == "train" else [part])]
+        if part != "train":
+            lines += [f"    {key.replace('_', ' '):28}{value:18,.3f}" for key, value in report[part].items()]
     return "\n".join(lines)
 
 
-def main(argv):
-    settings, name = configure(train.DEFAULTS | OWN, argv, train.complete_stages)
-    parts, changed = settings["what"].split(","), copy.deepcopy(settings)
+def train_lines(report):
+    """The table of training steps, a line for each side of each row."""
+    peak = report["machine"]["matmul_flops"][report["machine"]["dtype"]]
+    lines = [f"{'training step':28}{'s':>9}{'tokens/s':>12}{'ratio':>8}{'GFLOP/s':>11}{'of peak':>9}"]
+    for row, sides in report["train"].items():
+        for side, result in sides.items():
+            name, rate = row if side == "this" else f"{row}, {side}", result["flops_per_second"]
+            ratio = result["tokens_per_second"] / sides["this"]["tokens_per_second"]
+            line = f"{name:28}{result['seconds']:9.3f}{result['tokens_per_second']:12,.0f}{ratio:8.2f}"
+            line += f"{rate / 1e9:11,.0f}{rate / peak:9.1%}" if rate else " " * 20
+            line += f"  mfu {result['mfu']:.1%}" if result["mfu"] else ""
+            line += f"  {result['peak_bytes'] / 1e9:.1f} GB" if result["peak_bytes"] else ""
+            lines.append(line)
+    return lines
+
+
+def check(settings):
+    """Refuse what cannot work, before anything is measured. SystemExit."""
+    parts = settings["what"].split(",")
     for part in parts:
         if part not in PARTS:
             raise SystemExit(f"what={settings['what']}: {part!r} is none of {', '.join(PARTS)}")
     if settings["steps"] < 1 or settings["warmup"] < 0 or settings["micro_batches"] < 1:
         raise SystemExit("steps, micro_batches: give 1 or more; warmup: 0 or more")
-    out = Path(settings["out"])
-    if not out.parent.is_dir() or out.is_dir():
-        raise SystemExit(f"out={out}: give the name of a file in a folder that is there")
+    if settings["profile"] and "train" not in parts:
+        raise SystemExit(f"profile={settings['profile']}: only training steps are profiled; add train to --what")
+    for key in ("out", "profile"):
+        path = Path(settings[key])
+        if not path.parent.is_dir() or path.is_dir() and settings[key]:
+            raise SystemExit(f"{key}={path}: give the name of a file in a folder that is there")
+
+
+def main(argv):
+    settings, name = configure(DEFAULTS, argv, train.complete_stages)
+    check(settings)
+    changed = copy.deepcopy(settings)
     for change in settings["pair"].split():
-        apply_override(changed, train.DEFAULTS | OWN, f"--{change}")
-    train.reuse_memory()
-    world = evaluate.join_world(settings["device"])
-    if "ddp" in parts and not dist.is_initialized():
-        raise SystemExit("what=ddp: one process sends nothing; start bench.py by torchrun --nproc_per_node=2")
+        apply_override(changed, DEFAULTS, f"--{change}")
+    reuse_memory()
+    world = join_world(settings["device"])
     c = prepare(settings, name, world)
-    other = prepare(changed, name, world) if settings["pair"] else None
-    report = dict(settings=vars(c), machine=machine(c, world))
+    other = prepare(changed, name, world) if c.pair else None
+
+    tell(world, "machine: matrix products and memory")
+    report = dict(settings=vars(c), machine=measure_machine(c, world))
     with tempfile.TemporaryDirectory() as temporary:
-        symbols = smoltolk.Config(vocab_size=c.vocab_size, n_units=c.n_units)
-        folder = random_set(Path(temporary) / "set", symbols)  # each process has its own, the same
-        for part in parts:
+        folder = Path(temporary) / "set"  # each process writes its own, and all are the same
+        write_random_set(folder, c.vocab_size, c.n_units)
+        for part in c.what.split(","):
+            tell(world, part)
             report[part] = bench_train(c, world, folder, other) if part == "train" else PARTS[part](c, world, folder)
-            if world.rank == 0:  # should the next one fail
-                out.write_text(json.dumps(report, indent=1))
-    if "train" in report and world.device.type == "cuda" and "mixed" in report["train"]:
-        rate = report["train"]["mixed"]["this"]["tokens_per_second"] / world.size * 3600
-        report["hours"] = {f"{tokens // 10**9}B tokens on {n} GPUs": tokens / rate / n
-                           for tokens in (16 * 10**9, 32 * 10**9) for n in (4, 64)}
+            if world.rank == 0:  # after each part, because the next one may fail
+                Path(c.out).write_text(json.dumps(report, indent=1))
     if world.rank == 0:
-        out.write_text(json.dumps(report, indent=1))
         print(as_table(report))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -24,12 +24,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import data
 import model as smoltolk
 import speech
-from checkpoint import digest, whole_folder
 from configurator import configure, nearest
-from foreign import one_line, read_array, read_json
+from runtime.files import DataError, digest, one_line, read_array, read_json, whole_folder
+from runtime.tokenizer import Tokenizer
 
 GGUF_NAMES = {  # llama.cpp's name of each tensor -> transformers'
     "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
@@ -63,8 +62,8 @@ def smollm2(out, gguf_path=None):
             save_file(state, folder / "model.safetensors", metadata)
             (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(fields), ensure_ascii=False, indent=1),
                                                    encoding="utf-8")
-            data.Tokenizer(folder / "tokenizer.json")
-    except (KeyError, TypeError, ValueError, data.DataError) as error:  # a field that is missing or of another kind
+            Tokenizer(folder / "tokenizer.json")
+    except (KeyError, TypeError, ValueError, DataError) as error:  # a field that is missing or of another kind
         raise SystemExit(f"{source}: no complete GGUF of the SmolLM family ({one_line(error)})") from None
     return out
 

@@ -6,16 +6,13 @@ Talk to a checkpoint: text or speech in, text or speech out.
     python sample.py --checkpoint=out/train_tiny --to=speech:60,text:20,speech:60       # no prompt, back and forth
     python sample.py --checkpoint=weights/smollm2-135m --prompt="Once" --prompt="Twice" # a text LM, a batch of two
 
-A prompt is text, a sound file, or a file of units (.json, .npy; runs of one unit are collapsed, as in training). Text
-goes to standard output as it is made, speech to a sound file with its units in a .json beside it, which can be a prompt
-again; of a batch or several parts in speech, row and part are added to the names: answer-2-1.wav.
+A prompt is text, a sound file, or a file of units (.json or .npy; a unit that repeats is taken once, as in training).
+Text is printed as it is made. Speech goes to a sound file, with its units in a .json beside it that can be a prompt
+again. In a batch, or with several parts, the names get the numbers of row and part: answer-2-1.wav.
 
-The model never chooses the modality: --to does. Each part asks one head only, so no symbol of the other modality and
-no switch token can come out. A part ends with the EOS of its modality, which is neither kept nor read, or when it is
-long enough; then a switch token is read and the other head takes over.
-
-The prompts are read in one pass, each symbol made is read in one pass more, over caches (model.Cache) of fixed length:
-every step has the same shapes, whatever stands in the rows and however long they are.
+The model never chooses the modality: --to does. Each part asks one head only, so it cannot contain a symbol of the
+other modality or a switch token. A part ends with the EOS of its modality, which is not kept, or when it is long
+enough. Then a switch token is read, and the other head takes over.
 """
 import codecs
 import itertools
@@ -29,19 +26,20 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import data
-import speech
 from configurator import configure
-from evaluate import cloze_sequence, made_with, newest_checkpoint, pick_device
-from model import from_pretrained, new_cache
+from data import prompt_sequence
+from evaluate import made_with, newest_checkpoint
+from model import TEXT_ONLY, from_pretrained, new_cache
+from runtime.devices import pick_device
+from runtime.tokenizer import Tokenizer
 
 checkpoint = "out/train_tiny"  # folder of a run (its newest checkpoint is taken) or of a model, SmolLM's too
 prompt = []                    # text, a sound file or a file of units; give it several times for a batch, or not at all
 to = "text"                    # what to make: text, speech, or several parts, text:30,speech:100 with their lengths
-max_new = 128                  # symbols in a part that names no length, at most
+max_new = 128                  # at most so many symbols in a part without a length
 temperature = 0.8              # 0: always the likeliest symbol
 top_k = 0                      # draw among the k likeliest symbols only; 0: among all
-top_p = 1.0                    # draw among the likeliest symbols that together have this probability
+top_p = 1.0                    # draw among the fewest likeliest symbols whose probabilities sum up to this
 seed = 1                       # of the draws
 units = "data/demo/units"      # folder of the unit vocabulary, the one that the checkpoint was trained with
 vocoder = ""                   # folder of a vocoder, for HuBERT units
@@ -51,20 +49,19 @@ dtype = "float32"              # "bfloat16": half the memory, faster where the h
 compile = False                # torch.compile, on CUDA with CUDA graphs: minutes to start, then faster
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, float, str, list)) and not k.startswith("_")}
-SOUND = (".wav", ".flac", ".ogg", ".mp3", ".sph", *speech.AV_SUFFIXES)
+SOUND = (".wav", ".flac", ".ogg", ".mp3", ".sph", ".g722", ".m4a", ".mp4", ".webm")
 SILENCE = 1e-3                 # of full scale, -60 dB: below it a recording counts as silent
-TEXT_ONLY = dict(input_adapter_layers=0, output_adapter_layers=0, layer_pooling="last", residual=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# from logits to symbols
+# generation
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw a symbol of each row: logits [B, n] -> int64 [B].
 
     temperature   divides the logits; 0: the likeliest symbol, nothing is drawn
     top_k         only the k likeliest; 0: all
-    top_p         of those, renormalised, the fewest likeliest that have at least this probability together
+    top_p         of those, renormalised, the fewest likeliest whose probabilities sum up to this or more
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -73,33 +70,33 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
     p = logits.softmax(-1)
     if top_p < 1:
-        p = p * (p.cumsum(-1) - p < top_p)  # is there too little before it? The first one always stays
+        p = p * (p.cumsum(-1) - p < top_p)  # keep a symbol if those before it do not suffice; the first always stays
     drawn = torch.multinomial(p, 1, generator=generator)
     return (drawn if index is None else index.gather(-1, drawn))[:, 0]
 
 
-def step(model, ids, cache, alive, modality, text_rows=0):
-    """Read one symbol of each row, ids [B, 1] -> logits [B, n] of the next. Rows that are not alive [B] stay put."""
-    out = model(ids, text_rows=text_rows, logits=slice(None), heads=(modality,), cache=cache)
-    cache.position.add_(alive)
-    return (out.text_logits if modality == "text" else out.speech_logits)[:, -1]
+def step(model, ids, cache, modality, speaks):
+    """Read ids [B, T] after what the cache holds -> logits [B, n] of the next symbol. speaks: see SmolTolk.read."""
+    output = model(ids, layout=None if speaks else TEXT_ONLY, cache=cache)
+    if modality == "text":
+        return model.text_logits(output.text[:, -1])
+    return model.speech_logits(output.speech[:, -1])
 
 
-def read_openings(model, openings, length):
-    """(a cache that holds all of the openings but their last symbols, these symbols [B, 1])."""
-    cache, lengths = new_cache(model, len(openings), length), torch.tensor([len(ids) for ids in openings])
-    padded = torch.zeros(len(openings), int(lengths.max()), dtype=torch.long)
-    for row, ids in zip(padded, openings):
-        row[:len(ids)] = torch.tensor(ids)
-    if padded.size(1) > 1:
-        model(padded[:, :-1].to(cache.position.device), cache=cache)
-    cache.position.copy_(lengths - 1)  # what the padding left behind them is never seen
-    return cache, padded.gather(1, lengths[:, None] - 1).to(cache.position.device)
+def read_prompts(model, rows, modality, length):
+    """Read rows of ids, padded on the left -> (logits [B, n] of the next symbol, a Cache of so many slots)."""
+    longest = max(map(len, rows))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows])
+    cache = new_cache(model, torch.tensor([longest - len(ids) for ids in rows]), length)
+    speaks = modality == "speech" or bool((padded >= model.config.vocab_size).any())
+    return step(model, padded.to(cache.slot.device), cache, modality, speaks), cache
 
 
-def room(openings, plan):
-    """Symbols that the longest row can come to read. The last one made is not read; between parts stands a switch."""
-    return max(map(len, openings)) + sum(n + 1 for _, n in plan) - 2
+def compile_step(cache):
+    """The step compiled for one symbol at a time; on CUDA it is recorded as a CUDA graph."""
+    for tensor in (*cache[3:], *(t for stack in cache[:3] for pair in stack for t in pair)):
+        torch._dynamo.mark_static_address(tensor)  # CUDA graphs may write into it
+    return torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
 
 @torch.inference_mode()
@@ -111,30 +108,34 @@ def generate(model, openings, plan, pick, compiled=False):
     pick       logits [B, n] -> ids [B], as draw() does
     Ids count from 0 in both modalities, as in a tokenizer or a unit vocabulary. EOS is not among them.
     """
-    config, one = model.config, step
-    cache, pending = read_openings(model, openings, room(openings, plan))
-    if compiled:
-        one = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
-        for tensor in (*cache[3:], *(t for stack in cache[:3] for pair in stack for t in pair)):
-            torch._dynamo.mark_static_address(tensor)  # CUDA graphs may write into it
-    alive = torch.ones_like(cache.position, dtype=torch.bool)  # rows that go on; `going` is the same as a list
-    for part, (modality, n) in enumerate(plan):
-        if part:  # a row that did not end the part before with EOS has its last symbol still to read
-            one(model, pending, cache, alive, plan[part - 1][0])
-            pending = torch.full_like(pending, config.switch)
+    config, rows = model.config, [list(ids) for ids in openings]
+    length = positions_needed(openings, plan)  # the same for all parts, so that compiled steps fit all of them
+    for part, (modality, most) in enumerate(plan):
+        # Among a head's symbols EOS has this number; in the id space that all share, the first symbol has that one.
         eos, first_id = (config.eos_token_id, 0) if modality == "text" else (config.n_units, config.vocab_size)
-        alive, going = torch.ones_like(alive), [True] * len(openings)
-        text_rows = 0  # in a last part of text, once its opening is read, the speech modules have nothing more to do
-        for _ in range(n):
-            drawn = pick(one(model, pending, cache, alive, modality, text_rows))
-            text_rows = len(openings) if modality == "text" and part == len(plan) - 1 else 0
-            alive = alive & (drawn != eos)
-            pending = torch.where(alive[:, None], drawn[:, None] + first_id, pending)
+        if part:
+            rows = [[*ids, config.switch] for ids in rows]
+        logits, cache = read_prompts(model, rows, modality, length)
+        next_step = compile_step(cache) if compiled else step
+        going = [True] * len(rows)
+        for made in range(1, most + 1):
+            drawn = pick(logits)
             symbols = drawn.tolist()
             going = [goes and symbol != eos for goes, symbol in zip(going, symbols)]
             yield part, [symbol if goes else None for goes, symbol in zip(going, symbols)]
-            if not any(going):
+            for ids, goes, symbol in zip(rows, going, symbols):
+                if goes:
+                    ids.append(first_id + symbol)
+            if made == most or not any(going):
                 break
+            # A row whose part is over goes on, but its further symbols are dropped: the next part reads rows anew.
+            logits = next_step(model, drawn[:, None] + first_id, cache, modality, modality == "speech")
+
+
+def positions_needed(openings, plan):
+    """How many symbols the longest row may come to read."""
+    # Between parts a switch token is read too. The last symbol that is made is not read.
+    return max(map(len, openings)) + sum(most for _, most in plan) + len(plan) - 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,6 +156,8 @@ def read_plan(to, max_new):
 
 def read_units(path, n_units):
     """The units in a .json (a list) or .npy, without repeats; ValueError."""
+    import speech
+
     try:
         ids = speech.read_ids(path)
     except ValueError as error:
@@ -171,6 +174,8 @@ def read_units(path, n_units):
 
 def read_sound(path, vocabulary):
     """The units of a sound file; ValueError."""
+    import speech
+
     waveform = speech.read_audio(path)
     if np.abs(waveform - waveform.mean()).max() < SILENCE:
         raise ValueError(f"silent audio: {path} stays below -60 dB of full scale, all {len(waveform)} samples of it")
@@ -189,19 +194,19 @@ def kind_of(prompt):
 def opening(prompt, first, config, tokenizer, vocabulary):
     """The ids that a row begins with: EOS, the prompt if any, a switch token if the first part is of the other kind."""
     if prompt is None:
-        return cloze_sequence([], [], (first, first), config)[0]
+        return prompt_sequence([], [], (first, first), config)[0]
     if not prompt.strip():
         raise ValueError("empty prompt: --prompt has no text in it; leave it out to begin without one")
-    if kind_of(prompt) == "text":
-        return cloze_sequence(tokenizer.encode(prompt), [], ("text", first), config)[0]
-    is_sound = kind_of(prompt) == "sound"
-    ids = read_sound(prompt, vocabulary) if is_sound else read_units(prompt, config.n_units)
-    return cloze_sequence([config.vocab_size + i for i in ids], [], ("speech", first), config)[0]
+    kind = kind_of(prompt)
+    if kind == "text":
+        return prompt_sequence(tokenizer.encode(prompt), [], ("text", first), config)[0]
+    ids = read_sound(prompt, vocabulary) if kind == "sound" else read_units(prompt, config.n_units)
+    return prompt_sequence([config.vocab_size + i for i in ids], [], ("speech", first), config)[0]
 
 
 def check_room(openings, plan, config):
-    """ValueError if the longest row does not fit the model's positions, and so no cache either."""
-    needed, there = room(openings, plan), config.max_position_embeddings
+    """ValueError if the longest row does not fit the model's positions."""
+    needed, there = positions_needed(openings, plan), config.max_position_embeddings
     if needed > there:
         row = int(np.argmax([len(ids) for ids in openings]))
         raise ValueError(f"prompt too long: prompt {row + 1} has {len(openings[row])} symbols, with what --to and"
@@ -209,7 +214,7 @@ def check_room(openings, plan, config):
 
 
 def check_settings(c):
-    """ValueError for a number or a name that no draw, file or tensor can have."""
+    """ValueError for settings that make no sense."""
     for fine, fault in (
             (c.temperature >= 0, f"temperature={c.temperature}: give 0 or more"),
             (c.top_k >= 0, f"top_k={c.top_k}: give 0 (all) or more"),
@@ -224,14 +229,18 @@ def check_settings(c):
 
 def load(folder, needs_speech):
     """The model of a folder. A plain SmolLM has no speech modules, and gets none."""
-    has_speech = (folder / "speech.safetensors").exists()
-    if needs_speech and not has_speech:
+    if (folder / "speech.safetensors").exists():
+        return from_pretrained(folder)
+    if needs_speech:
         raise ValueError(f"{folder}: a text model, it has no speech.safetensors; prompt it with text, and --to=text")
-    return from_pretrained(folder, **({} if has_speech else TEXT_ONLY))
+    return from_pretrained(folder, input_adapter_layers=0, output_adapter_layers=0, layer_pooling="last",
+                           residual=False)
 
 
 def load_vocabulary(folder, wanted, device):
-    """The unit vocabulary of a folder, if its hash is the wanted one (None: any)."""
+    """The unit vocabulary of a folder. ValueError if its hash is not the wanted one (None: any)."""
+    import speech
+
     vocabulary = speech.load_units(folder, device)
     if wanted not in (None, vocabulary.hash):
         raise ValueError(f"{folder}: not the units that the checkpoint was trained with; give their folder as --units")
@@ -241,11 +250,13 @@ def load_vocabulary(folder, wanted, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # what comes out
 
-def write_speech(ids, path, vocabulary, its_vocoder):
-    """Speak units into a sound file, with a .json of them beside it; says so on standard error."""
+def write_speech(ids, path, vocabulary, vocoder):
+    """Speak units into a sound file, with a .json of them beside it. Says so on standard error."""
     import soundfile
 
-    waveform = speech.resynthesise(np.array(ids, np.int64), vocabulary, its_vocoder)
+    import speech
+
+    waveform = speech.resynthesise(np.array(ids, np.int64), vocabulary, vocoder)
     soundfile.write(path, waveform / max(1.0, np.abs(waveform).max(initial=0)), speech.SAMPLE_RATE)
     path.with_suffix(".json").write_text(json.dumps(ids))
     print(f"{path}: {len(waveform) / speech.SAMPLE_RATE:.2f} s, {len(ids)} units in {path.with_suffix('.json').name}",
@@ -258,59 +269,64 @@ def part_path(out, row, rows, part, parts):
     return Path(out).with_stem(Path(out).stem + "".join(numbers))
 
 
-def show(made, modality, part, parts, c, tokenizer, vocabulary, its_vocoder):
-    """A part that is made, a list of ids for each row: texts of a batch are printed, speech is written."""
+def show(made, modality, part, parts, c, tokenizer, vocabulary, vocoder):
+    """Show a part that is made, a list of ids for each row: texts of a batch are printed, speech is written."""
     for row, ids in enumerate(made):
-        if modality == "text" and len(made) > 1:
+        if modality == "text" and len(made) > 1:  # the text of a single row is printed already, as it is made
             print(f"[{row + 1}] {tokenizer.decode(ids)}")
         if modality == "speech" and ids:
-            write_speech(ids, part_path(c.out, row, len(made), part, parts), vocabulary, its_vocoder)
+            write_speech(ids, part_path(c.out, row, len(made), part, parts), vocabulary, vocoder)
         if not ids:
             print(f"prompt {row + 1}: no {modality}, EOS came first", file=sys.stderr)
 
 
-def talk(c, model, openings, plan, *tools):
-    """Make all parts of all rows, and show them; the text of a single row as it is made. tools: as in show()."""
+def talk(c, model, openings, plan, tokenizer, vocabulary, vocoder):
+    """Make all parts of all rows, and show them. The text of a single row is printed as it is made."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(c.seed)
     pick = partial(draw, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, generator=generator)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character appears once all its bytes are there
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # prints a character as soon as all its bytes are there
     symbols, seconds = 0, 0.0
     for part, steps in itertools.groupby(generate(model, openings, plan, pick, c.compile), lambda step: step[0]):
         made, began = [[] for _ in openings], time.perf_counter()
         streams = plan[part][0] == "text" and len(openings) == 1
         for _, row_symbols in steps:
             for ids, symbol in zip(made, row_symbols):
-                ids += [] if symbol is None else [symbol]
-                if streams and symbol is not None:
-                    print(decoder.decode(tools[0].decode_bytes([symbol])), end="", flush=True)
+                if symbol is None:
+                    continue
+                ids.append(symbol)
+                if streams:
+                    print(decoder.decode(tokenizer.decode_bytes([symbol])), end="", flush=True)
         if streams:
             print(decoder.decode(b"", final=True), flush=True)
         seconds, symbols = seconds + time.perf_counter() - began, symbols + sum(map(len, made))
-        show(made, plan[part][0], part, len(plan), c, *tools)
+        show(made, plan[part][0], part, len(plan), c, tokenizer, vocabulary, vocoder)
     print(f"{symbols} symbols, {symbols / seconds:.0f} a second", file=sys.stderr)
 
 
 def main(argv):
+    # --prompt can be given several times, which configure() does not know.
     prompts = [arg.removeprefix("--prompt=") for arg in argv if arg.startswith("--prompt=")]
     settings, _ = configure(DEFAULTS, [arg for arg in argv if not arg.startswith("--prompt=")])
     c = SimpleNamespace(**settings)
-    folder, device, prompts = newest_checkpoint(c.checkpoint), pick_device(c.device), prompts or c.prompt or [None]
+    prompts = prompts or c.prompt or [None]
+    folder, device = newest_checkpoint(c.checkpoint), pick_device(c.device)
     try:
         check_settings(c)
         plan = read_plan(c.to, c.max_new)
-        kinds = {kind_of(prompt) for prompt in prompts if prompt}
-        speaks, hears = "speech" in dict(plan), "sound" in kinds
-        model = load(folder, speaks or kinds & {"sound", "units"})
-        tokenizer = data.Tokenizer(folder / "tokenizer.json") if "text" in kinds or "text" in dict(plan) else None
-        vocabulary = load_vocabulary(c.units, made_with(folder)[1], device) if speaks or hears else None
-        its_vocoder = speech.load_vocoder(c.vocoder, device) if speaks and c.vocoder else None
+        kinds = {kind_of(prompt) for prompt in prompts if prompt} | dict(plan).keys()
+        model = load(folder, needs_speech=kinds != {"text"})
+        tokenizer = Tokenizer(folder / "tokenizer.json") if "text" in kinds else None
+        vocabulary = load_vocabulary(c.units, made_with(folder)[1], device) if kinds & {"speech", "sound"} else None
         openings = [opening(prompt, plan[0][0], model.config, tokenizer, vocabulary) for prompt in prompts]
         check_room(openings, plan, model.config)
-        if speaks:  # one unit first: what is missing for it shows now, not when all is made
-            speech.resynthesise(np.zeros(1, np.int64), vocabulary, its_vocoder)
+        vocoder = None
+        if "speech" in kinds:  # speak one unit first, so that what is missing for it shows before anything is made
+            import speech
+            vocoder = speech.load_vocoder(c.vocoder, device) if c.vocoder else None
+            speech.resynthesise(np.zeros(1, np.int64), vocabulary, vocoder)
     except (ValueError, RuntimeError) as error:  # says what and where; RuntimeError: a package that is missing
         raise SystemExit(str(error)) from None
-    talk(c, model.to(device, getattr(torch, c.dtype)).eval(), openings, plan, tokenizer, vocabulary, its_vocoder)
+    talk(c, model.to(device, getattr(torch, c.dtype)).eval(), openings, plan, tokenizer, vocabulary, vocoder)
 
 
 if __name__ == "__main__":

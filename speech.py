@@ -38,7 +38,7 @@ import numpy as np
 from scipy.fft import dct, idct, irfft, rfft
 from scipy.signal import resample_poly
 
-from foreign import one_line, read_array, read_json, read_tensors
+from runtime.files import one_line, read_array, read_json, read_tensors
 
 SAMPLE_RATE = 16000
 UNIT_RATE = 25

@@ -28,7 +28,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 import evaluate
-import report
+from benchmarks import report
 from configurator import configure, nearest
 
 study = "tiny"             # one of STUDIES below

@@ -1,8 +1,8 @@
 """
 Train a text-speech language model, stage by stage.
 
-    python train.py config/train_tiny.py                                  the embedded default, ten minutes on a laptop
-    torchrun --nproc_per_node=4 train.py config/train_150m.py             four GPUs
+    python train.py config/train_tiny.py                          a tiny run that makes its own data: ten minutes
+    torchrun --nproc_per_node=4 train.py config/train_150m.py     four GPUs
     python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100 --out_dir=out/mine
 
 Settings: the values below, then the config file's, then those of --key=value. A run's folder holds settings.json (all
@@ -11,12 +11,10 @@ results.json and loss.png. `--resume=true` goes on from the newest checkpoint, e
 a run after the step at hand, with a checkpoint. A step whose loss or gradient is not finite ends it too: the sequences
 are named, and no weight is changed.
 """
-import ctypes
 import dataclasses
 import importlib
 import json
 import os
-import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -26,20 +24,33 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import data
-import evaluate
-import model as smoltolk
-import report
+from benchmarks import report
 from configurator import configure, fit, nearest
-from evaluate import all_sum, join_world, on_first, start_sum
-from log import Log, plot_loss
+from data import Source, describe, loader, open_source
+from evaluate import check_spans, heldout_nll, topic_cloze
+from model import (
+    LLAMA,
+    Config,
+    SmolTolk,
+    count_parameters,
+    forward_flops,
+    from_pretrained,
+    is_new,
+    read_config,
+    save_pretrained,
+    selector_entropy,
+)
+from runtime import checkpoint
+from runtime.datasets import DataSet, open_set
+from runtime.devices import pick_dtype, reuse_memory
+from runtime.distributed import World, all_sum, distribute, join_world, leave_world, on_first
+from runtime.files import DataError, read_json, replace_file, whole_folder
+from runtime.log import Log
+from runtime.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
@@ -87,13 +98,14 @@ input_adapter_layers = 2
 output_adapter_layers = 2
 layer_pooling = "dynamic"   # or "fixed", "last"
 residual = True
-beta = 0.0                  # weight of the layer selector's entropy, Eq. 6
+beta = 0.0                  # weight of the layer selector's entropy, which is rewarded (Eq. 6)
 
 # the stages: one after the other, each with a fresh optimizer
 #   mixture        parts of each kind of sequence, whole numbers
 #   train          "all", "new" (what SmolTolk adds; the backbone is frozen) or "text" (the backbone alone)
 #   learning_rate  of the backbone; speech_learning_rate of what is added (0: the same)
-#   warmup         steps of linear rise; decay: last share of the steps, falling linearly to 0
+#   warmup         steps in which the learning rate rises linearly
+#   decay          the last share of the steps, in which it falls linearly to 0; 0: it stays as it is
 stages = dict(
     stage1=dict(steps=1000, mixture=dict(interleaved=1), train="new", speech_learning_rate=3e-3, warmup=100, decay=0.2),
     stage2=dict(steps=15000, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
@@ -111,43 +123,388 @@ recompute = False           # the MLPs' activations again in backward instead of
 # ---------------------------------------------------------------------------------------------------------------------
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, float, str, list, dict))
             and not k.startswith("_")}
+# What a stage leaves out. A run goes on only with the same stages, so one from before a key was added cannot.
 STAGE = dict(steps=0, mixture={}, train="all", learning_rate=3e-4, speech_learning_rate=0.0, warmup=0, decay=0.0)
 DEMO = dict(tokenizer="tokenizer.json", units="units", text="text", speech="paired", interleaved="paired",
             val_text="val", val_speech="val", val_interleaved="val", cloze="cloze")  # what lies where in that folder
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense, FLOP/s
-
-
-def pick_dtype(name, device):
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
-
-
-def reuse_memory():
-    """Have glibc keep freed memory: otherwise tensors come as new pages, mapped and cleared again in every CPU step."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never give back; M_MMAP_MAX: all from the heap
-            getattr(libc, "mallopt", lambda *_: 0)(option, value)
+MAY_CHANGE = {*DEMO, *("demo init_from device dtype compile recompute micro_batch log_interval "
+              "eval_interval eval_sequences eval_cloze_items checkpoint_interval keep_checkpoints keep_every "
+              "wandb_project tensorboard").split()}  # when a run goes on. Of data, the contents are compared instead
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings, data and model, all checked before the first step
+# the loop
 
-def check_settings(c, name, world):
+def train(run, model, place):
+    """Train all stages from `place` on, a dict {stage, step, total, tokens, flops, seconds} that is updated in place.
+
+    Returns whether a signal ended the run.
+    """
+    c, world, log = run.c, run.world, run.log
+    for number, (name, stage) in list(enumerate(c.stages.items()))[place["stage"]:]:
+        if number > place["stage"]:
+            place |= dict(stage=number, step=0)
+        set_trainable(model, stage["train"])
+        optimizer = make_optimizer(model, c)
+        if place["step"]:
+            load_optimizer(optimizer, model, run.resumed)
+        net = distribute(model, world)
+
+        for step, batches in loader(run.data.train, stage, number, place["step"], c, model.config, world):
+            factor = schedule(step, stage)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
+
+            # The loss is one mean over all targets of the step, however many processes and micro-batches share it.
+            n_text, n_speech = all_sum(count_targets(batches), world).tolist()
+            sums = torch.zeros(3, device=world.device)
+            for i, batch in enumerate(batches):
+                net.require_backward_grad_sync = i == len(batches) - 1  # DDP sends gradients once a step
+                batch = batch.apply(lambda tensor: tensor.to(world.device, non_blocking=True))
+                with run.autocast:
+                    out = net(batch.ids, batch.targets, batch.layout)
+                text_nll, speech_nll = out.text_nll.sum(), out.speech_nll.sum()
+                entropy = torch.zeros_like(text_nll)  # where there is no layer selector
+                if out.log_omega is not None:
+                    entropy = selector_entropy(out.log_omega, batch.layout.speech)
+                loss = (text_nll + speech_nll) / (n_text + n_speech) - c.beta * entropy / max(1, n_speech)  # Eqs. 2, 6
+                (loss * world.size).backward()  # DistributedDataParallel averages over processes; we want the sum
+                sums += torch.stack([text_nll, speech_nll, entropy]).detach()
+                del out, loss  # otherwise hidden states would live on into the next forward pass
+            norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
+
+            finite = bool(norm.isfinite() & sums.isfinite().all())
+            broken, stop = (all_sum([not finite, len(run.heard)], world) > 0).tolist()
+            if broken:
+                stop_not_finite(run, model, stage, number, place, [] if finite else batches)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=net is model)  # DistributedDataParallel sends them from where they are
+
+            flops = step_flops(model.config, batches, stage) * world.size
+            place |= dict(step=step + 1, total=place["total"] + 1, tokens=place["tokens"] + c.batch_tokens,
+                          flops=place["flops"] + flops)
+            log.add(sums, (n_text, n_speech), float(norm), flops)
+            if is_due(c.log_interval, place, stage):
+                log.step(place, name, shown_rates(stage, factor))
+            paused = time.perf_counter()
+            if is_due(c.eval_interval, place, stage) and not stop:
+                with run.autocast:
+                    scores = held_out(model, run, c.eval_sequences, c.eval_cloze_items)
+                stop = scores is None  # a signal came meanwhile
+                if not stop:
+                    log.held_out(dict(step=place["total"], stage=name, **scores))
+            if is_due(c.checkpoint_interval, place, stage) or stop:
+                save_checkpoint(run, model, optimizer, place)
+            log.leave_out(time.perf_counter() - paused)
+            if stop:
+                return True
+    return False
+
+
+def schedule(step, stage):
+    """Share of the learning rate at a step of the stage: linear warm-up, constant, linear decay to 0 after the last."""
+    rise = (step + 1) / max(1, stage["warmup"])
+    fall = (stage["steps"] - step) / max(1.0, stage["decay"] * stage["steps"])
+    return min(1.0, rise, fall if stage["decay"] else 1.0)
+
+
+def shown_rates(stage, factor):
+    """Learning rates of the backbone and of what is added; 0 for what is frozen."""
+    return (factor * stage["learning_rate"] if stage["train"] != "new" else 0.0,
+            factor * stage["speech_learning_rate"] if stage["train"] != "text" else 0.0)
+
+
+def is_due(interval, place, stage):
+    """Every so many steps of the run, and at the end of a stage."""
+    return place["total"] % interval == 0 or place["step"] == stage["steps"]
+
+
+def count_targets(batches):
+    """(text, speech) targets of some micro-batches."""
+    return (sum(len(batch.layout.text) for batch in batches),
+            sum(len(batch.layout.speech) for batch in batches if batch.layout.speech is not None))
+
+
+def step_flops(config, batches, stage):
+    """FLOPs of forward and backward on this process. Frozen weights need no gradient of their own."""
+    total = 0
+    for batch in batches:
+        n_text, n_speech = count_targets([batch])
+        backbone, new = forward_flops(config, *batch.ids.shape, batch.layout.speech is not None, n_text, n_speech)
+        total += backbone * (2 if stage["train"] == "new" else 3) + new * (2 if stage["train"] == "text" else 3)
+    return total
+
+
+def held_out(model, run, n_sequences, cloze_items=None):
+    """Held-out scores, shared among processes: mean NLL in nats by kind; Topic-Cloze on cloze_items (None: all).
+
+    None if a signal has come to any process meanwhile.
+    """
+    c, world, heard, scores = run.c, run.world, run.heard, {}
+    batch_tokens = c.micro_batch * c.sequence_length
+    model.eval()
+    if run.data.held:
+        sums = heldout_nll(model, run.data.held, c.seed, n_sequences, c.sequence_length, (c.text_span, c.speech_span),
+                           batch_tokens, world.rank, world.size, heard)
+        scores["nll"] = report.nll_table(dict(zip(sums, all_sum(np.stack(list(sums.values())), world).numpy())))
+    if run.data.cloze and cloze_items != 0:
+        items = run.data.cloze.meta["documents"] // 3
+        mine = range(world.rank, min(cloze_items or items, items), world.size)
+        right = topic_cloze(model, run.data.cloze, batch_tokens, mine, heard)
+        if not all_sum([len(heard)], world).any():  # otherwise some processes lack some of it
+            sums = report.cloze_sums(right)
+            scores["topic_cloze"] = report.cloze_table(dict(zip(sums, all_sum(list(sums.values()), world).tolist())))
+    model.train()
+    return None if all_sum([len(heard)], world).any() else scores
+
+
+def stop_not_finite(run, model, stage, number, place, batches):
+    """End the run at a step that was not finite, and name the sequences. batches: this process's, if it was one there.
+    """
+    named = []
+    for batch in batches:
+        batch = batch.apply(lambda tensor: tensor.to(run.world.device))
+        with run.autocast, torch.no_grad():
+            out = model(batch.ids, batch.targets, batch.layout)
+        for nll, positions in ((out.text_nll, batch.layout.text), (out.speech_nll, batch.layout.speech)):
+            if positions is not None:
+                named += batch.index[(positions[~nll.isfinite()] // batch.ids.size(1)).unique().cpu().numpy()].tolist()
+    what = "the loss of {} is" if named else "each loss is finite, but the gradient of one of {} is"
+    if all_sum(len(named), run.world) > 0 and not named:
+        batches = []  # it was the loss of another process
+    named = sorted(set(named)) or sorted(i for batch in batches for i in batch.index.tolist())
+    if named:
+        names = ", ".join(describe(run.data.train, stage["mixture"], run.c.seed, number, np.array(named[:8])))
+        names += f" and {len(named) - 8} more" if len(named) > 8 else ""
+        print(f"step {place['total'] + 1}, rank {run.world.rank}: {what.format(names)} not finite", file=sys.stderr)
+    if run.world.size > 1:
+        torch.distributed.barrier()  # all have printed before torchrun ends the others
+    raise SystemExit(f"step {place['total'] + 1}: the loss or its gradient is not finite, and no weight was changed."
+                     " Go on from the checkpoint before it with a lower learning rate or without that data")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model and optimizer
+
+def build_model(c, tokenizer):
+    """A fresh model: new, or on top of the SmolLM weights in init_from. SystemExit or ValueError."""
+    torch.manual_seed(c.seed)
+    shape = {field.name: getattr(c, field.name) for field in dataclasses.fields(Config) if hasattr(c, field.name)}
+    if not c.init_from:
+        return SmolTolk(Config(**shape, eos_token_id=tokenizer.eos, initializer_range=c.hidden_size ** -0.5,
+                               max_position_embeddings=max(2048, c.sequence_length)))
+    new = {key: value for key, value in shape.items() if key == "rope_theta" or key not in LLAMA}
+    model = from_pretrained(c.init_from, **new, eos_token_id=tokenizer.eos)
+    if model.config.vocab_size != c.vocab_size:
+        raise SystemExit(f"{c.init_from}: vocab_size {model.config.vocab_size}, the tokenizer has {c.vocab_size}")
+    if model.config.max_position_embeddings < c.sequence_length:
+        raise SystemExit(f"{c.init_from}: max_position_embeddings {model.config.max_position_embeddings}; set"
+                         f" --sequence_length={model.config.max_position_embeddings} or less")
+    return model
+
+
+def set_trainable(model, what):
+    """what: "all"; "new", which is all that SmolTolk adds; or "text", the backbone alone."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(what in ("all", "new" if is_new(name) else "text"))
+
+
+def make_optimizer(model, c):
+    """Fresh AdamW over what is trainable, in four groups: backbone or new; matrices, with weight decay, or the rest."""
+    groups = []
+    for new in (False, True):
+        for matrix in (True, False):
+            params = [p for name, p in model.named_parameters()
+                      if p.requires_grad and is_new(name) == new and (p.dim() >= 2) == matrix]
+            if params:
+                groups.append(dict(params=params, weight_decay=c.weight_decay if matrix else 0.0, new=new))
+    return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
+
+
+def load_optimizer(optimizer, model, folder):
+    saved = load_file(folder / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            optimizer.state[p] = {k: saved[f"{name}.{k}"].to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def save_checkpoint(run, model, optimizer, place):
+    """Write checkpoint-<step>: weights, tokenizer.json, units.json, optimizer.safetensors and train.json.
+
+    If the disk is full, training goes on and the next one is tried; run.unsaved then says what was wrong.
+    """
+    if run.world.rank != 0:
+        return
+    folder = Path(run.c.out_dir) / f"checkpoint-{place['total']:08d}"
+    names = {p: name for name, p in model.named_parameters()}
+    moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    run.unsaved.clear()
+    try:
+        with whole_folder(folder) as new:
+            save_pretrained(model, new)
+            for name, contents in run.data.files.items():
+                (new / name).write_bytes(contents)
+            save_file(moments, new / "optimizer.safetensors")
+            (new / "train.json").write_text(json.dumps(dict(place=place, **run.about), indent=1))
+        checkpoint.prune(run.c.out_dir, run.c.keep_checkpoints, run.c.keep_every)
+    except (OSError, SafetensorError) as error:
+        run.unsaved.append(f"{folder}: could not be written ({error}); the checkpoint before it is whole; make room")
+        print(f"{run.unsaved[0]}. Training goes on, the next one is tried as usual", file=sys.stderr)
+
+
+def begin(c, world, tokenizer, about):
+    """(model, place, the checkpoint gone on from, {what has changed since: [was, is]}).
+
+    A fresh run, or the newest good checkpoint's. A run that is there already is never overwritten. When torchrun starts
+    all processes again because one of them has died, they go on from it.
+    """
+    restarted = all_sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), world) > 0
+
+    def choose():
+        """{folder, place, changed}, decided by the first process."""
+        there = len(checkpoint.checkpoints(c.out_dir)) > 0
+        if there and not (c.resume or restarted):
+            raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
+        if c.resume and not there:
+            raise SystemExit(f"{c.out_dir}: no checkpoint to go on from; leave --resume out")
+        if not there and (Path(c.out_dir) / "results.json").exists():
+            raise SystemExit(f"{c.out_dir}: holds the results of a run without its checkpoints; set another --out_dir")
+        checkpoint.clean(c.out_dir)
+        if not there:
+            return dict(folder="", place=None, changed={})
+        folder, bad = checkpoint.newest(c.out_dir)
+        if folder is None:
+            raise SystemExit(f"{c.out_dir}: no checkpoint can be opened; set another --out_dir")
+        saved = read_json(folder / "train.json")
+        refused, changed = checkpoint.differences(saved, about, MAY_CHANGE)
+        if refused:
+            lines = "; ".join(f"{key}={was!r}, not {now!r}" for key, (was, now) in refused.items())
+            raise SystemExit(f"{c.out_dir}: was trained with {lines}; resume with the same, or set another --out_dir")
+        checkpoint.set_aside(bad)
+        checkpoint.prune(c.out_dir, c.keep_checkpoints, c.keep_every)
+        return dict(folder=str(folder), place=saved["place"], changed=changed)
+
+    chosen = on_first(choose, world)
+    try:
+        model = from_pretrained(chosen["folder"]) if chosen["folder"] else build_model(c, tokenizer)
+    except ValueError as error:  # says which file and what
+        raise SystemExit(str(error)) from None
+    place = chosen["place"] or dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
+    return model.to(world.device), place, Path(chosen["folder"]), chosen["changed"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings and data, all checked before the first step
+
+class Data(NamedTuple):
+    """All that a run reads, opened and checked."""
+    tokenizer: Tokenizer
+    train: dict               # {kind: data.Source}
+    held: dict                # the same, held out
+    cloze: DataSet | None
+    identity: dict            # {what: [hash, share of it, folder]}
+    files: dict               # {name: contents} of tokenizer.json and units.json, as they were read
+
+
+class Run(NamedTuple):
+    """What stays the same from the first step to the last."""
+    c: SimpleNamespace        # the settings
+    world: World
+    data: Data
+    about: dict               # settings and identity of the data, for train.json
+    log: Log
+    autocast: object
+    heard: list               # signals that ask to stop
+    resumed: Path             # the checkpoint that was gone on from
+    unsaved: list             # why the last checkpoint could not be written, if so
+
+
+def open_data(c, world):
+    """Open all data. Derives vocab_size and n_units, and makes the demo corpus if it is asked for. SystemExit."""
+    if c.demo:
+        on_first(lambda: importlib.import_module("corpora.demo").make(c.demo), world)  # returns at once if it is there
+    tokenizer = Tokenizer(c.tokenizer)
+    files = {"tokenizer.json": Path(c.tokenizer).read_bytes()}
+    units = {}
+    if c.units:
+        try:
+            units = read_json(Path(c.units) / "units.json")
+        except ValueError as error:
+            raise SystemExit(f"{error}; set --units to the units' folder") from None
+        files["units.json"] = (Path(c.units) / "units.json").read_bytes()
+    c.vocab_size, c.n_units = c.vocab_size or tokenizer.vocab_size, c.n_units or units.get("n_units", 0)
+    if not c.n_units:
+        raise SystemExit("n_units: not known; set --units to the folder of the speech units, or --n_units")
+    if units.get("n_units", c.n_units) != c.n_units:
+        raise SystemExit(f"n_units={c.n_units}: {c.units}/units.json has {units['n_units']}; leave --n_units out")
+    if tokenizer.vocab_size > c.vocab_size:
+        raise SystemExit(f"{c.tokenizer}: {tokenizer.vocab_size} ids, vocab_size={c.vocab_size} cannot hold them")
+    made_with, length = (tokenizer.hash, units.get("hash")), c.sequence_length + 1
+    kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
+    train = {kind: open_source(kind, getattr(c, kind), *made_with, length) for kind in sorted(kinds)}
+    held = {kind: open_source(kind, getattr(c, f"val_{kind}"), *made_with, length)
+            for kind in ("text", "speech", "interleaved") if getattr(c, f"val_{kind}")}
+    cloze = open_set(c.cloze, *made_with) if c.cloze else None
+    sources = train | {f"val_{kind}": source for kind, source in held.items()}
+    sources |= {"cloze": Source([cloze], np.ones(1))} if cloze else {}
+    for source in sources.values():
+        for shard in source.shards:
+            if (n_units := shard.meta.get("speech", {}).get("n_units", c.n_units)) != c.n_units:
+                raise DataError(f"{shard.folder}: {n_units} units, the model has {c.n_units}; set --units to those"
+                                " that it was made with")
+    if cloze:
+        check_cloze(cloze, positions_of_model(c))
+    return Data(tokenizer, train, held, cloze, checkpoint.identify(sources, tokenizer.hash, units.get("hash")), files)
+
+
+def positions_of_model(c):
+    """How many symbols the model can read at once."""
+    if not c.init_from:
+        return max(2048, c.sequence_length)
+    try:
+        return read_config(c.init_from).max_position_embeddings
+    except ValueError as error:  # says which file and what
+        raise SystemExit(str(error)) from None
+
+
+def check_cloze(cloze, positions):
+    """DataError for a Topic-Cloze set that could not be scored, which would else be found after the training."""
+    if cloze.meta["kind"] != "paired" or cloze.meta["documents"] % 3:
+        raise DataError(f"{cloze.folder}: a cloze set is a paired set with its documents in threes")
+    sizes = [np.diff(words[cloze.documents]) - 1 for words in (cloze.text_words, cloze.speech_words)]  # without EOS
+    opening, true, false = np.maximum(*sizes).reshape(-1, 3).T
+    if np.min(sizes) < 1 or (opening + np.maximum(true, false)).max() + 1 > positions:  # with EOS and switch
+        raise DataError(f"{cloze.folder}: a document is empty, or longer with its ending than the {positions} "
+                        "positions of the model")
+
+
+def complete_stages(settings):
+    """Fill in what a stage leaves out, and refuse what no stage knows or takes."""
+    for name, stage in settings["stages"].items():
+        if not isinstance(stage, dict):
+            raise SystemExit(f"stages.{name}={stage!r}: a stage is a dict of {', '.join(STAGE)}")
+        for key in stage:
+            if key not in STAGE:
+                raise SystemExit(f"stages.{name}.{key}: no such setting; did you mean {nearest(key, STAGE)}?")
+        settings["stages"][name] = {key: fit(stage.get(key, default), default, f"stages.{name}.{key}")
+                                    for key, default in STAGE.items()}
+
+
+def check_settings(settings, name, world):
     """Complete derived values and refuse what cannot work. Returns the settings as a namespace."""
-    c = SimpleNamespace(**c)
+    c = SimpleNamespace(**settings)
     c.out_dir = c.out_dir or f"out/{name}"
     for key, place in DEMO.items() if c.demo else ():
         path = f"{c.demo}/{place}"
         setattr(c, key, getattr(c, key) or ([path] if isinstance(getattr(c, key), list) else path))
-    for s, stage in c.stages.items():
-        check_stage(s, stage)
     if not c.stages:
         raise SystemExit("stages: empty; name at least one")
+    for s, stage in c.stages.items():
+        check_stage(s, stage)
+        stage["speech_learning_rate"] = stage["speech_learning_rate"] or stage["learning_rate"]
     for key in ("sequence_length micro_batch batch_tokens log_interval eval_interval checkpoint_interval eval_sequences"
                 " keep_checkpoints num_hidden_layers num_attention_heads num_key_value_heads").split():
         if getattr(c, key) < 1:
@@ -157,7 +514,7 @@ def check_settings(c, name, world):
             raise SystemExit(f"{key}={getattr(c, key)}: give 0 or more")
     if c.grad_clip <= 0:
         raise SystemExit(f"grad_clip={c.grad_clip}: give a positive norm, 1e9 for none")
-    evaluate.check_spans(c)
+    check_spans(c)
     sequences, rest = divmod(c.batch_tokens, c.sequence_length)
     if rest or sequences % world.size or sequences == 0:
         raise SystemExit(f"batch_tokens={c.batch_tokens} is not a whole number of sequences of {c.sequence_length} for"
@@ -176,503 +533,54 @@ def check_settings(c, name, world):
     return c
 
 
-def complete_stages(settings):
-    """Fill in what a stage leaves out, and refuse what no stage knows or takes."""
-    for name, stage in settings["stages"].items():
-        if not isinstance(stage, dict):
-            raise SystemExit(f"stages.{name}={stage!r}: a stage is a dict of {', '.join(STAGE)}")
-        for key in stage:
-            if key not in STAGE:
-                raise SystemExit(f"stages.{name}.{key}: no such setting; did you mean {nearest(key, STAGE)}?")
-        settings["stages"][name] = {key: fit(stage.get(key, default), default, f"stages.{name}.{key}")
-                                    for key, default in STAGE.items()}
-
-
 def check_stage(name, stage):
     for kind, parts in stage["mixture"].items():
         if kind not in ("text", "speech", "interleaved") or not isinstance(parts, int) or parts < 1:
             raise SystemExit(f"stages.{name}.mixture: {kind}={parts!r}; give text, speech, interleaved in whole parts")
     if not stage["mixture"] or stage["train"] not in ("all", "new", "text"):
         raise SystemExit(f"stages.{name}: needs a mixture, and train is 'all', 'new' or 'text', not {stage['train']!r}")
+    if stage["train"] == "text" and set(stage["mixture"]) != {"text"}:
+        raise SystemExit(f"stages.{name}: train='text' trains the backbone alone, so its mixture holds only text")
     if stage["steps"] < 1 or stage["warmup"] < 0 or not 0 <= stage["decay"] <= 1 or not (
             0 <= stage["learning_rate"] < np.inf and 0 <= stage["speech_learning_rate"] < np.inf):
         raise SystemExit(f"stages.{name}: give steps of 1 or more, warmup and learning rates of 0 or more, decay 0..1")
-    stage["speech_learning_rate"] = stage["speech_learning_rate"] or stage["learning_rate"]
-
-
-class Data(NamedTuple):
-    """All that a run reads, opened and checked."""
-    tokenizer: data.Tokenizer
-    train: dict               # {kind: data.Source}
-    held: dict                # the same, held out
-    cloze: data.DataSet | None
-    units: str | None         # the hash of the speech units
-    beside: dict              # {name: contents} of tokenizer.json and units.json, as they were read
-
-
-def open_data(c, world):
-    """Open all data; derives vocab_size and n_units, and makes the demo corpus if it is asked for."""
-    if c.demo:
-        if world.rank == 0:
-            importlib.import_module("corpora.demo").make(c.demo)  # returns at once if it is there
-        if dist.is_initialized():
-            dist.barrier()
-    tokenizer, beside = data.Tokenizer(c.tokenizer), {"tokenizer.json": Path(c.tokenizer).read_bytes()}
-    try:
-        beside |= {"units.json": (Path(c.units) / "units.json").read_bytes()} if c.units else {}
-        described = dict(json.loads(beside["units.json"])) if c.units else {}
-    except (OSError, ValueError, TypeError) as e:
-        raise SystemExit(f"{c.units}/units.json: cannot be read ({e}); set --units to the units' folder") from None
-    c.vocab_size, c.n_units = c.vocab_size or tokenizer.vocab_size, c.n_units or described.get("n_units", 0)
-    if not c.n_units:
-        raise SystemExit("n_units: not known; set --units to the folder of the speech units, or --n_units")
-    if described.get("n_units", c.n_units) != c.n_units:
-        raise SystemExit(f"n_units={c.n_units}: {c.units}/units.json has {described['n_units']}; leave --n_units out")
-    if tokenizer.vocab_size > c.vocab_size:
-        raise SystemExit(f"{c.tokenizer}: {tokenizer.vocab_size} ids, vocab_size={c.vocab_size} cannot hold them")
-    kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
-    made_with, length = (tokenizer.hash, described.get("hash")), c.sequence_length + 1
-    train = {k: data.open_source(k, getattr(c, k), *made_with, length) for k in sorted(kinds)}
-    held = {k: data.open_source(k, getattr(c, f"val_{k}"), *made_with, length)
-            for k in ("text", "speech", "interleaved") if getattr(c, f"val_{k}")}
-    cloze = data.open_set(c.cloze, *made_with) if c.cloze else None
-    shards = [shard for source in [*train.values(), *held.values()] for shard in source.shards]
-    for shard in [*shards, cloze] if cloze else shards:
-        if shard.meta.get("speech", {}).get("n_units", c.n_units) != c.n_units:
-            raise data.DataError(f"{shard.folder}: {shard.meta['speech']['n_units']} units, the model has {c.n_units}; "
-                                 "set --units to those that it was made with")
-    if cloze:
-        try:
-            positions = smoltolk.read_config(c.init_from).max_position_embeddings if c.init_from else 2048
-        except ValueError as e:  # says which file and what
-            raise SystemExit(str(e)) from None
-        check_cloze(cloze, max(positions, c.sequence_length))
-    return Data(tokenizer, train, held, cloze, described.get("hash"), beside)
-
-
-def check_cloze(cloze, positions):
-    """DataError for a Topic-Cloze set that could not be scored, which would else be found after the training."""
-    if cloze.meta["kind"] != "paired" or cloze.meta["documents"] % 3:
-        raise data.DataError(f"{cloze.folder}: a cloze set is a paired set with its documents in threes")
-    sizes = [np.diff(words[cloze.documents]) - 1 for words in (cloze.text_words, cloze.speech_words)]  # without EOS
-    opening, true, false = np.maximum(*sizes).reshape(-1, 3).T
-    if np.min(sizes) < 1 or (opening + np.maximum(true, false)).max() + 1 > positions:  # with EOS and switch
-        raise data.DataError(f"{cloze.folder}: a document is empty, or longer with its ending than the {positions} "
-                             "positions of the model")
-
-
-def build_model(c, tokenizer):
-    """A fresh model: new, or on top of the SmolLM weights in init_from."""
-    torch.manual_seed(c.seed)
-    fields = {f.name for f in dataclasses.fields(smoltolk.Config)} & vars(c).keys()
-    if not c.init_from:
-        shape = {k: getattr(c, k) for k in fields}
-        return smoltolk.SmolTolk(smoltolk.Config(**shape, eos_token_id=tokenizer.eos,
-                                                 max_position_embeddings=max(2048, c.sequence_length),
-                                                 initializer_range=c.hidden_size ** -0.5))
-    new = {k: getattr(c, k) for k in fields if k == "rope_theta" or k not in smoltolk.LLAMA}
-    model = smoltolk.from_pretrained(c.init_from, **new, eos_token_id=tokenizer.eos)
-    if model.config.vocab_size != c.vocab_size:
-        raise SystemExit(f"{c.init_from}: vocab_size {model.config.vocab_size}, the tokenizer has {c.vocab_size}")
-    if model.config.max_position_embeddings < c.sequence_length:
-        raise SystemExit(f"{c.init_from}: max_position_embeddings {model.config.max_position_embeddings}; set"
-                         f" --sequence_length={model.config.max_position_embeddings} or less")
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one stage
-
-def set_trainable(model, what):
-    for name, p in model.named_parameters():
-        p.requires_grad_(what == "all" or smoltolk.is_new(name) == (what == "new"))
-
-
-def make_optimizer(model, c, device):
-    """Fresh AdamW over what is trainable, in four groups: backbone or new; matrices, with weight decay, or the rest."""
-    groups = []
-    for new in (False, True):
-        for matrix in (True, False):
-            params = [p for n, p in model.named_parameters()
-                      if p.requires_grad and smoltolk.is_new(n) == new and (p.dim() >= 2) == matrix]
-            if params:
-                groups.append(dict(params=params, weight_decay=c.weight_decay if matrix else 0.0, new=new))
-    return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
-
-
-def make_runner(model, c, world):
-    """The model as training steps call it: compiled if asked for, and with gradients summed over processes."""
-    model.apply(lambda module: setattr(module, "recompute", c.recompute))  # MLPs look at it
-    model.head_piece = torch.compile(smoltolk.head_piece) if c.compile else smoltolk.head_piece
-    runner = torch.compile(model) if c.compile else model
-    if dist.is_initialized():
-        for p in model.parameters():  # these become its buckets; gradients made later would lie beside them until sent
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
-        runner = DistributedDataParallel(runner, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-                                         gradient_as_bucket_view=True, broadcast_buffers=False)
-    return runner
-
-
-def schedule(step, stage):
-    """Share of the learning rate at a step of the stage: linear warm-up, constant, linear decay to 0 at the end."""
-    rise = (step + 1) / max(1, stage["warmup"])
-    fall = (stage["steps"] - step) / max(1.0, stage["decay"] * stage["steps"])
-    return min(1.0, rise, fall if stage["decay"] else 1.0)
-
-
-def step_sequences(c, step, world):
-    """The sequences of a step that are this process's, by micro-batch: arrays of numbers within the stage."""
-    sequences = c.batch_tokens // c.sequence_length // world.size
-    mine = (step * world.size + world.rank) * sequences + np.arange(sequences)  # of the same global batch always
-    return np.array_split(mine, -(-sequences // c.micro_batch))
-
-
-def step_batches(c, model_config, sources, stage, number, world):
-    """A function: step -> this process's micro-batches (data.Batch) of that step of stage `number`."""
-    def make(step):
-        batches = []
-        for index in step_sequences(c, step, world):
-            rows, text_rows = data.sample(sources, stage["mixture"], c.seed, number, index, c.sequence_length + 1,
-                                          model_config, c.text_span, c.speech_span)
-            if c.compile:  # as many in each batch, for one graph: a row of text may pass through the speech modules
-                text_rows = len(index) // sum(stage["mixture"].values()) * stage["mixture"].get("text", 0)
-            batches.append(data.make_batch(rows, text_rows, model_config, pin=world.device.type == "cuda"))
-        return batches
-    return make
-
-
-def train_step(model, optimizer, batches, c, world, autocast, stopping=0):
-    """Forward, backward and update of one step.
-
-    Returns this process's summed losses (float32 [3] on the device: text nll, speech nll, -entropy); the numbers of
-    text and speech targets and the sum of `stopping` over all processes (float64 [3]); and the gradient norm before
-    clipping. If that or a loss is not finite on any process, the norm is nan and nothing is updated.
-    """
-    counted = start_sum([sum(b.n_text for b in batches), sum(b.n_speech for b in batches), stopping], world)
-    sums = torch.zeros(3, device=world.device)
-    for i, batch in enumerate(batches):
-        if dist.is_initialized():
-            model.require_backward_grad_sync = i == len(batches) - 1
-        tokens = batch.tokens.to(world.device, non_blocking=True)
-        with autocast:
-            out = model(tokens[:, :-1], tokens[:, 1:], batch.text_rows, counts=batch[2:])
-        if i == 0:  # counts of the whole step make the loss one mean, however the step is cut up
-            counts = counted()
-            n_text, n_speech, _ = counts.tolist()
-        loss = smoltolk.mean_loss(out, c.beta, n_text + n_speech, n_speech)
-        # DistributedDataParallel averages over processes, this makes it a sum; and a loss of inf shows on all of them
-        loss.backward(torch.where(loss.isfinite(), float(world.size), torch.nan).to(loss))
-        sums += torch.stack([out.text_nll, out.speech_nll, out.negative_entropy]).detach()
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
-    if all_sum([not bool(norm.isfinite() & sums.isfinite().all())], world).any():
-        return sums, counts, torch.full_like(norm, torch.nan)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=not dist.is_initialized())  # see make_runner
-    return sums, counts, norm
-
-
-def step_flops(config, batches, stage, length):
-    """FLOPs of this process's share of one step: forward and backward; frozen weights need no gradient of their own."""
-    total = 0
-    for b in batches:
-        backbone, new = smoltolk.forward_flops(config, len(b.tokens), length, b.text_rows, b.n_text, b.n_speech)
-        total += backbone * (2 if stage["train"] == "new" else 3) + new * (2 if stage["train"] == "text" else 3)
-    return total
-
-
-class Run(NamedTuple):
-    """What stays the same from the first step to the last."""
-    c: SimpleNamespace
-    world: evaluate.World
-    opened: Data
-    about: dict               # settings, identity of the data, and what else a checkpoint says about its run
-    log: "Log"
-    unsaved: list             # why the last checkpoint could not be written, if so
-    heard: list               # signals that ask to stop
-    resumed: Path | None      # the checkpoint that this process has gone on from
-
-
-def train_stage(name, model, place, run):
-    """Train one stage from place["step"] on, in place; place = {stage, step, total, tokens, flops, seconds}.
-
-    Returns whether the run is to stop here, because a signal came.
-    """
-    c, world = run.c, run.world
-    stage, number = c.stages[name], list(c.stages).index(name)
-    set_trainable(model, stage["train"])
-    optimizer = make_optimizer(model, c, world.device)
-    if place["step"]:
-        load_optimizer(optimizer, model, run.resumed)
-    runner = make_runner(model, c, world)
-    half = pick_dtype(c.dtype, world.device) == torch.bfloat16
-    autocast = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
-
-    def due(interval):
-        return place["total"] % interval == 0 or place["step"] == stage["steps"]
-
-    def score():  # False: a signal cut it short
-        with autocast:
-            scores = held_out(model, run, c.eval_sequences, c.eval_cloze_items)
-        if scores is not None:
-            run.log.held_out(dict(step=place["total"], stage=name, **scores))
-        return scores is not None
-
-    def save():
-        if world.rank == 0:
-            save_checkpoint(model, optimizer, place, c, run.opened.beside, run.about, run.unsaved)
-
-    since = start_since(world)
-    stop = all_sum([len(run.heard)], world).item() > 0
-    if stop:
-        save()
-    make = step_batches(c, model.config, run.opened.train, stage, number, world)
-    for batches in data.prefetch(make, range(place["step"], 0 if stop else stage["steps"])):
-        factor = schedule(place["step"], stage)
-        for group in optimizer.param_groups:
-            group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
-        sums, counts, norm = train_step(runner, optimizer, batches, c, world, autocast, len(run.heard))
-        flops = step_flops(model.config, batches, stage, c.sequence_length) * world.size
-        if norm.isnan():
-            stop_not_finite(model, batches, sums, stage, number, place, run, autocast)
-        since = since._replace(sums=since.sums + sums, counts=since.counts + counts[:2], flops=since.flops + flops,
-                               steps=since.steps + 1, norm=torch.maximum(since.norm, norm))
-        for key, more in (("step", 1), ("total", 1), ("tokens", c.batch_tokens), ("flops", flops)):
-            place[key] += more
-        stop = counts[2] > 0 or world.size == 1 and len(run.heard) > 0
-
-        if due(c.log_interval):
-            run.log.step(log_line(name, stage, factor, place, since, c, world))
-            since = start_since(world)
-        paused = time.perf_counter()
-        if due(c.eval_interval) and not stop:
-            stop = not score()
-        if due(c.checkpoint_interval) or stop:  # after the scores: what a checkpoint has behind it is in the log
-            save()
-        since = since._replace(began=since.began + time.perf_counter() - paused)
-        if stop:
-            break
-    return stop
-
-
-class Since(NamedTuple):
-    """What has been added up since the last logged step."""
-    began: float              # time.perf_counter(), moved on by what evaluations and checkpoints take
-    sums: torch.Tensor        # of this process: text nll, speech nll, -entropy
-    counts: torch.Tensor      # of all: text and speech targets
-    flops: int
-    steps: int
-    norm: torch.Tensor        # the largest of the gradient
-
-
-def start_since(world):
-    """Nothing yet."""
-    return Since(time.perf_counter(), torch.zeros(3, device=world.device), torch.zeros(2, dtype=torch.float64), 0, 0,
-                 torch.zeros((), device=world.device))
-
-
-def log_line(name, stage, factor, place, since, c, world):
-    """One line of log.jsonl: means over the steps since the last one, and the largest gradient norm among them."""
-    text_nll, speech_nll, negative_entropy = all_sum(since.sums, world).tolist()
-    n_text, n_speech = since.counts.tolist()
-    seconds = time.perf_counter() - since.began
-    place["seconds"] += seconds
-    return dict(
-        step=place["total"], stage=name, stage_step=place["step"], tokens=place["tokens"], flops=place["flops"],
-        seconds=round(place["seconds"], 3), grad_norm=float(since.norm),
-        text_nll=text_nll / n_text if n_text else None, speech_nll=speech_nll / n_speech if n_speech else None,
-        entropy=-negative_entropy / n_speech if n_speech else None,
-        learning_rate=factor * stage["learning_rate"] if stage["train"] != "new" else 0.0,
-        speech_learning_rate=factor * stage["speech_learning_rate"] if stage["train"] != "text" else 0.0,
-        tokens_per_second=since.steps * c.batch_tokens / seconds,
-        mfu=utilisation(since.flops / seconds / world.size, world.device))
-
-
-def utilisation(flops_per_second, device):
-    """Share of the peak bf16 rate of a known GPU, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((peak for key, peak in PEAK_BF16.items() if key in name), None)
-    return flops_per_second / peak if peak else None
-
-
-def held_out(model, run, n_sequences, cloze_items=None):
-    """Held-out scores, shared among processes: mean NLL in nats by kind; Topic-Cloze on cloze_items (None: all).
-
-    None if a signal has come to any process meanwhile: what was left is left out.
-    """
-    c, world, opened, stop = run.c, run.world, run.opened, run.heard
-    scores, batch_tokens = {}, c.micro_batch * c.sequence_length
-    model.eval()
-    if opened.held:
-        sums = evaluate.heldout_nll(model, opened.held, c.seed, n_sequences, c.sequence_length,
-                                    (c.text_span, c.speech_span), batch_tokens, world.rank, world.size, stop)
-        scores["nll"] = report.nll_table(dict(zip(sums, all_sum(np.stack(list(sums.values())), world).numpy())))
-    if opened.cloze and cloze_items != 0:
-        items = opened.cloze.meta["documents"] // 3
-        mine = range(world.rank, min(cloze_items or items, items), world.size)
-        right = evaluate.topic_cloze(model, opened.cloze, batch_tokens, mine, stop)
-        if not all_sum([len(stop)], world).item():  # otherwise not all have all of it
-            sums = report.cloze_sums(right)
-            scores["topic_cloze"] = report.cloze_table(dict(zip(sums, all_sum(list(sums.values()), world).tolist())))
-    model.train()
-    return None if all_sum([len(stop)], world).item() else scores
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-def save_checkpoint(model, optimizer, place, c, beside, about, unsaved):
-    """Write checkpoint-<step>. Where it cannot be written training goes on, and unsaved, a list, says why."""
-    folder = Path(c.out_dir) / f"checkpoint-{place['total']:08d}"
-    unsaved.clear()
-    try:
-        with checkpoint.whole_folder(folder) as new:
-            write_state(new, model, model.state_dict(), optimizer_state(optimizer, model), beside,
-                        dict(place=place, **about))
-        checkpoint.prune(c.out_dir, c.keep_checkpoints, c.keep_every)
-    except (OSError, SafetensorError) as error:
-        unsaved.append(f"{folder}: could not be written ({error}); the checkpoint before it is whole; make room")
-        print(f"{unsaved[0]}. Training goes on, the next one is tried as usual", file=sys.stderr)
-
-
-def write_state(folder, model, weights, moments, beside, about):
-    """The model's folder, tokenizer.json, units.json, optimizer.safetensors and train.json (about)."""
-    smoltolk.save_pretrained(model, folder, state=weights)
-    for name, contents in beside.items():
-        (folder / name).write_bytes(contents)
-    save_file(moments, folder / "optimizer.safetensors")
-    (folder / "train.json").write_text(json.dumps(about, indent=1))
-
-
-def optimizer_state(optimizer, model):
-    """{parameter.key: tensor}, no key of which is a parameter's name."""
-    names = {p: n for n, p in model.named_parameters()}
-    return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
-
-
-def load_optimizer(optimizer, model, folder):
-    saved = load_file(folder / "optimizer.safetensors")
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            optimizer.state[p] = {k: saved[f"{name}.{k}"].to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
-
-
-def stop_not_finite(model, batches, sums, stage, number, place, run, autocast):
-    """End the run at a step whose loss or gradient was not finite: each process names its sequences."""
-    c, world, step = run.c, run.world, place["total"] + 1
-    index = step_sequences(c, place["step"], world)
-    if not sums.isfinite().all():
-        for batch, its_index in zip(batches, index):
-            order = np.argsort(data.kinds_of(stage["mixture"], its_index) != "text", kind="stable")
-            with autocast, torch.no_grad():
-                tokens = batch.tokens.to(world.device)
-                logp = model(tokens[:, :-1], tokens[:, 1:], batch.text_rows, want=("logp",)).logp
-            bad = its_index[order][(~logp.isfinite().all(1)).cpu().numpy()]
-            if len(bad):
-                print(f"step {step}, rank {world.rank}: the loss of sequences {bad.tolist()} is not finite",
-                      file=sys.stderr)
-    else:
-        print(f"step {step}, rank {world.rank}: the gradient of one of {np.concatenate(index).tolist()} may not be"
-              " finite", file=sys.stderr)
-    if world.size > 1:
-        dist.barrier()
-    raise SystemExit(f"step {step}: the loss or its gradient is not finite, and no weight was changed. Go on from the"
-                     " checkpoint before it with a lower learning rate or without that data")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-FREE = set("device dtype compile recompute micro_batch log_interval eval_interval eval_sequences eval_cloze_items "
-           "keep_every checkpoint_interval keep_checkpoints wandb_project tensorboard".split())  # may change later
-PLACES = {*DEMO, "demo", "init_from"}  # so may these: what lies there is compared instead
-
-
-def begin(c, world, tokenizer, about):
-    """(model, place, the checkpoint gone on from, {what has changed since: [was, is]}).
-
-    A fresh run, or the newest good checkpoint's. A run that is already there is never overwritten; torchrun, when it
-    starts all processes again because one has died, goes on from it.
-    """
-    restarted = all_sum([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], world).item() > 0  # each node counts
-    def look():
-        there = len(checkpoint.checkpoints(c.out_dir)) > 0
-        if there and not (c.resume or restarted):
-            raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
-        if c.resume and not there:
-            raise SystemExit(f"{c.out_dir}: no checkpoint to go on from; leave --resume out")
-        if not there and (Path(c.out_dir) / "results.json").exists():
-            raise SystemExit(f"{c.out_dir}: holds the results of a run without its checkpoints; set another --out_dir")
-        return there
-
-    def take():
-        checkpoint.clean(c.out_dir)
-        folder, bad = checkpoint.newest(c.out_dir)
-        if bool(folder) != there:
-            raise SystemExit(f"{c.out_dir}: {'no checkpoint is whole' if there else 'another run began'}; set another"
-                             f" --out_dir")
-        saved = json.loads((folder / "train.json").read_text()) if folder else about
-        refused, changed = checkpoint.differences(saved, about, FREE | PLACES)
-        if refused:
-            lines = "; ".join(f"{key}={was!r}, not {now!r}" for key, (was, now) in refused.items())
-            raise SystemExit(f"{c.out_dir}: was trained with {lines}; resume with the same, or set another --out_dir")
-        for broken in bad:  # out of the way of the good ones to come
-            aside = broken.with_name(f"bad-{broken.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            broken.rename(aside)
-        checkpoint.prune(c.out_dir, c.keep_checkpoints, c.keep_every)
-        return str(folder or ""), saved.get("place"), changed
-
-    there = on_first(look, world)
-    try:
-        model = None if there else build_model(c, tokenizer)
-        folder, place, changed = on_first(take, world)
-        model = model or smoltolk.from_pretrained(folder)
-    except ValueError as e:  # says which file and what
-        raise SystemExit(str(e)) from None
-    place = place or dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
-    return model.to(world.device), place, Path(folder), changed
-
 
 @record  # torchrun then shows the first error of all
 def main(argv):
     settings, name = configure(DEFAULTS, argv, complete_stages)
     reuse_memory()
-    world = join_world(settings["device"])
-    started = time.perf_counter()
+    world, started = join_world(settings["device"]), time.perf_counter()
     c = check_settings(settings, name, world)
-    made = dict(torch=torch.__version__, processes=world.size)
     opened = open_data(c, world)
-    sources = opened.train | {f"val_{kind}": source for kind, source in opened.held.items()}
-    sources |= {"cloze": data.Source([opened.cloze], np.ones(1))} if opened.cloze else {}
-    read = checkpoint.identify(sources, tokenizer=opened.tokenizer.hash, units=opened.units)
-    about = json.loads(json.dumps(dict(settings=vars(c), data=read, made=made)))
+    about = json.loads(json.dumps(dict(settings=vars(c), data=opened.identity)))  # as train.json will have it
     model, place, resumed, changed = begin(c, world, opened.tokenizer, about)
+    dtype = pick_dtype(c.dtype, world.device)
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+    model.apply(lambda module: setattr(module, "recompute", c.recompute))  # MLPs look at it
+    if c.compile:
+        model.compiled_read = torch.compile(model.read)
     if world.rank == 0:
-        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-        checkpoint.replace_file(Path(c.out_dir) / "settings.json", json.dumps(vars(c), indent=1))
-        text_size, new_size = smoltolk.count_parameters(model)
+        replace_file(Path(c.out_dir) / "settings.json", json.dumps(vars(c), indent=1))
+        text_size, new_size = count_parameters(model)
         print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"
-              f" {world.device.type} in {str(pick_dtype(c.dtype, world.device)).removeprefix('torch.')}")
+              f" {world.device.type} in {str(dtype).removeprefix('torch.')}")
     with checkpoint.listen() as heard:
-        run = Run(c, world, opened, about, Log(c, world, place), [], heard, resumed)
+        run = Run(c, world, opened, about, Log(c, world, place), autocast, heard, resumed, [])
         run.log.changed(dict(step=place["total"], stage=list(c.stages)[place["stage"]], changed=changed))
-        stop = False
-        for number, stage in list(enumerate(c.stages))[place["stage"]:]:
-            if place["stage"] != number:
-                place |= dict(stage=number, step=0)
-            stop = train_stage(stage, model, place, run)
-            if stop:
-                break
-        stop = stop or not finish(model, place, run, started)
+        stopped = train(run, model, place)
+        stopped = stopped or not finish(run, model, place, started)
     if run.unsaved:
         raise SystemExit(run.unsaved[0])
-    if stop and world.rank == 0:
+    if stopped and world.rank == 0:
         print(f"{', '.join(heard) or 'a signal'}: stopped after step {place['total']}; go on with\n"
               f"  {checkpoint.resume_command(argv)}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_world()
 
 
-def finish(model, place, run, started):
+def finish(run, model, place, started):
     """The final table, in fp32: results.json, and on the terminal; the curves. False if a signal came before."""
     c, scores = run.c, held_out(model, run, 4 * run.c.eval_sequences)
     if scores is None or run.world.rank != 0:
@@ -681,8 +589,8 @@ def finish(model, place, run, started):
     results = dict(config=Path(c.out_dir).name, seed=c.seed, steps=place["total"], tokens=place["tokens"],
                    flops=place["flops"], training_seconds=place["seconds"], **scores,
                    seconds=time.perf_counter() - started)
-    checkpoint.replace_file(Path(c.out_dir) / "results.json", json.dumps(results, indent=1))
-    plot_loss(c.out_dir)
+    replace_file(Path(c.out_dir) / "results.json", json.dumps(results, indent=1))
+    importlib.import_module("tools.figures").loss_curves(c.out_dir)  # here, because matplotlib takes long to import
     print(report.as_text(results))
     print(f"{results['seconds'] / 60:.1f} minutes; {c.out_dir}/results.json, loss.png, log.jsonl")
     return True

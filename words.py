@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from foreign import one_line, parse_json, read_bytes, read_json
+from runtime.files import one_line, parse_json, read_bytes, read_json
 from speech import SAMPLE_RATE, UNIT_RATE, check_size, frame_geometry
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import whole_folder
+from runtime.files import whole_folder
 
 SHORTEST = 2_000  # words; what is shorter is no book but a letter, a table, a licence
 LONGEST = 1 << 26  # bytes of an object, decompressed

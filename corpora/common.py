@@ -46,9 +46,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import foreign
 import speech
 from configurator import configure
+from runtime.datasets import STREAMS, write_set
+from runtime.files import one_line, read_json
+from runtime.tokenizer import Tokenizer
 from words import align, load_aligner, match_words
 
 DEFAULTS = dict(source="", out="", kind="paired", units="", tokenizer="", aligner="", shard="0/1",
@@ -96,9 +98,7 @@ cached_units = functools.cache(speech.load_units)
 
 @functools.cache
 def cached_tokenizer(path):
-    import data  # here, not above: it brings in torch, which workers that listen can do without
-
-    return data.Tokenizer(path)
+    return Tokenizer(path)
 
 
 def text_size(item):
@@ -162,7 +162,7 @@ def work(items, settings):
             except ValueError as error:
                 item = Bad(item.id, error)
             except Exception as error:  # of a kind that nobody thought of, and no reason to stop all the others
-                item = Bad(item.id, ValueError(f"unexpected fault: {foreign.one_line(error)} at {item.id}"))
+                item = Bad(item.id, ValueError(f"unexpected fault: {one_line(error)} at {item.id}"))
         results.append(item)
     return results, seconds
 
@@ -229,7 +229,7 @@ def read_files(files, read, settings, bar):
         except Exception as error:
             if getattr(error, "errno", None) is not None:  # the disk, not the file: nothing to go on after
                 raise SystemExit(f"{error}; the same command will go on behind the last part") from None
-            yield Bad(str(path), ValueError(f"unreadable file: {path} ({foreign.one_line(error)})"))
+            yield Bad(str(path), ValueError(f"unreadable file: {path} ({one_line(error)})"))
         bar.update(os.path.getsize(path))
 
 
@@ -253,7 +253,7 @@ def finish(items, results, models, seconds):
     """
     What the main process, which holds the models, adds to a block: units, word times, token ids.
 
-    Yields for each item a Bad, or (document as data.write_set wants it, hours, words, bytes of text).
+    Yields for each item a Bad, or (document as write_set wants it, hours, words, bytes of text).
     """
     began = time.perf_counter()
     raw = [i for i, heard in enumerate(results) if isinstance(heard, Heard) and heard.units is None]
@@ -299,7 +299,7 @@ def spoken_document(item, heard, models):
 
 def finished_parts(out, shard, n_shards, identity):
     """What part.json says of each finished part of a shard, in order; SystemExit if OUT holds something else."""
-    parts = {path.parent.name: foreign.read_json(path) for path in sorted(out.glob("*/part.json"))}
+    parts = {path.parent.name: read_json(path) for path in sorted(out.glob("*/part.json"))}
     for name, about in parts.items():
         for key in identity | about["identity"]:
             now, then = identity.get(key), about["identity"].get(key)
@@ -316,8 +316,6 @@ def finished_parts(out, shard, n_shards, identity):
 
 def write_part(folder, first, stream, models, settings, identity):
     """Write one part: whole blocks of the stream up to part_tokens tokens; returns what its part.json says."""
-    import data
-
     kind, seconds, dropped = settings["kind"], collections.Counter(), []
     about = dict(identity=identity, first=first, next=first, last=True, items=0, documents=0, hours=0.0, words=0,
                  bytes=0, tokens={})
@@ -345,9 +343,9 @@ def write_part(folder, first, stream, models, settings, identity):
     its_documents = documents()
     if (one := next(its_documents, None)) is not None:
         its_units = models.vocabulary and {key: getattr(models.vocabulary, key) for key in ("n_units", "rate", "hash")}
-        meta = data.write_set(waiting, kind, itertools.chain([one], its_documents), models.tokenizer, its_units,
+        meta = write_set(waiting, kind, itertools.chain([one], its_documents), models.tokenizer, its_units,
                               f"corpora/{identity['corpus']}.py")
-        about["tokens"] = {stream: meta[stream]["tokens"] for stream in data.STREAMS[kind]}
+        about["tokens"] = {stream: meta[stream]["tokens"] for stream in STREAMS[kind]}
     elif about["next"] == 0:
         raise SystemExit(f"{settings['source']}: no items found, for shard {settings['shard']} at least")
     else:  # the end of the corpus, and nothing of use in it: no data set, but the record of it
@@ -409,12 +407,10 @@ def load_models(settings):
     """(Models, are these mel units, which the workers make?)."""
     import torch
 
-    import data
-
     device, kind = settings["device"], settings["kind"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = data.Tokenizer(settings["tokenizer"]) if kind != "speech" else None
+    tokenizer = Tokenizer(settings["tokenizer"]) if kind != "speech" else None
     if tokenizer and tokenizer.vocab_size > 1 << 16:
         raise SystemExit(f"{settings['tokenizer']}: {tokenizer.vocab_size} ids, too many for uint16")
     if kind == "text":

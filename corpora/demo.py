@@ -39,7 +39,9 @@ from tqdm import tqdm
 
 import speech
 from corpora.common import one_blas_thread
-from foreign import read_json
+from runtime.datasets import write_set
+from runtime.files import read_json, whole_folder
+from runtime.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grammar: {a|b} is a choice, NAME a name, HE, HIM and HIS its pronouns. Words are kept apart by ear as well:
@@ -325,13 +327,13 @@ def cut_cloze(recordings, documents, seed):
     return cloze
 
 
-def write_sets(out, data, texts, recordings, codebook, seed):
-    """Writes the data sets, through data.py, and the units; returns counts for demo.json."""
-    tokenizer = data.Tokenizer(os.path.join(out, "tokenizer.json"))
+def write_sets(out, texts, recordings, codebook, seed):
+    """Writes the data sets, and the units; returns counts for demo.json."""
+    tokenizer = Tokenizer(os.path.join(out, "tokenizer.json"))
     speech.save_mel_units(os.path.join(out, "units"), codebook)
     units = dict(n_units=len(codebook.centroids), rate=speech.UNIT_RATE, hash=codebook.hash)
     source = "corpora/demo.py"
-    data.write_set(os.path.join(out, "text"), "text", map(tokenizer.encode, texts), tokenizer=tokenizer, source=source)
+    write_set(os.path.join(out, "text"), "text", map(tokenizer.encode, texts), tokenizer=tokenizer, source=source)
     counts = dict(text=dict(stories=len(texts)))
     for name, its_recordings in recordings.items():
         documents = [
@@ -343,7 +345,7 @@ def write_sets(out, data, texts, recordings, codebook, seed):
             sets["cloze"] = cut_cloze(its_recordings, documents, seed)
             counts["cloze"] = dict(items=len(sets["cloze"]) // 3)
         for folder, documents in sets.items():
-            data.write_set(os.path.join(out, folder), "paired", documents, tokenizer=tokenizer, units=units,
+            write_set(os.path.join(out, folder), "paired", documents, tokenizer=tokenizer, units=units,
                            source=source)
         hours = sum(recording.seconds for recording in its_recordings) / 3600
         counts[name] = dict(stories=len(its_recordings), hours=round(hours, 3))
@@ -394,9 +396,6 @@ def make(out="data/demo", seed=0, text=20000, train=2000, val=100, test=500, n_u
     A finished demo with the same parameters is left as it is. SystemExit if there is another thing at `out`,
     RuntimeError without espeak-ng.
     """
-    import data  # here, not above: they bring in torch, which the speaking processes can do without
-    from checkpoint import whole_folder
-
     parameters = dict(seed=seed, text=text, train=train, val=val, test=test, n_units=n_units, vocab_size=vocab_size,
                       speakers=[list(speaker) for speaker in SPEAKERS], version=VERSION)
     if os.path.exists(out):
@@ -415,7 +414,7 @@ def make(out="data/demo", seed=0, text=20000, train=2000, val=100, test=500, n_u
         temporary = str(folder)
         path = os.path.join(temporary, "tokenizer.json")
         train_tokenizer(written + [" ".join(story.sentences) for story in sets["paired"]], vocab_size, path)
-        about = write_sets(temporary, data, written, recordings, codebook, seed)
+        about = write_sets(temporary, written, recordings, codebook, seed)
         write_examples(temporary, recordings["paired"], codebook)
         about = dict(parameters=parameters, **about, seconds_taken=round(time.time() - began, 1))
         with open(os.path.join(temporary, "demo.json"), "w") as file:

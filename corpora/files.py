@@ -7,7 +7,7 @@ import reprlib
 from pathlib import Path
 
 from corpora.common import Bad
-from foreign import one_line, parse_json
+from runtime.files import one_line, parse_json
 
 MAX_LINE = 1 << 26  # bytes; a few compressed kilobytes may hold a line without end
 BATCH = 16  # rows of a parquet file in memory at once: rows with sound are large

@@ -15,7 +15,7 @@ ending (recording.sources has a path of the authors' machine). Word times are th
 import os
 
 from corpora import common, files
-from foreign import one_line
+from runtime.files import one_line
 
 
 def find(source, settings):

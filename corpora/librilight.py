@@ -11,7 +11,7 @@ longer span, and a chapter without voice activity, is cut into equal pieces. A p
 """
 
 from corpora import common, files
-from foreign import one_line, read_json
+from runtime.files import one_line, read_json
 
 
 def find(source, settings):

@@ -11,7 +11,7 @@ the whole file; text where --kind=speech; words (times on the clock of the file)
 """
 
 from corpora import common, files
-from foreign import one_line
+from runtime.files import one_line
 
 
 def find(source, settings):

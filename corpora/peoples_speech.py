@@ -11,7 +11,7 @@ and duration_ms, and train/clean/NAME, the flac files. Transcripts are in lower 
 """
 
 from corpora import common, files
-from foreign import one_line
+from runtime.files import one_line
 
 
 def find(source, settings):

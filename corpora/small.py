@@ -31,12 +31,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import data
 import speech
-from checkpoint import whole_folder
 from configurator import configure
 from corpora import common, demo, prose
-from foreign import read_json
+from data import open_source
+from runtime.datasets import open_set, write_set
+from runtime.files import read_json, whole_folder
+from runtime.tokenizer import Tokenizer
 
 VAL, TEST = ("sense",), ("persuasion", "northanger", "botchan", "alice")  # beginnings of the names of held-out books
 PASSAGE = 80  # words, at least: SmolLM2-135M tells 72% of the written endings, 65% where openings are half as long
@@ -180,7 +181,7 @@ def make_cloze(c):
     dropped = {json.loads(line)["id"] for path in (out / "test").glob("*/dropped.jsonl") for line in path.open()}
     items = [(path.stem, item) for path in books(c["source"], "test") for item in read(path, settings)
              if item.id not in dropped]
-    parts, passages = data.open_source("interleaved", [out / "test"]).shards, []
+    parts, passages = open_source("interleaved", [out / "test"]).shards, []
     documents = (part.document(i) for part in parts for i in range(len(part.documents) - 1))
     for (book, item), (text, units, text_words, unit_words) in zip(items, documents, strict=True):
         words = [text[a:b] for a, b in itertools.pairwise(text_words[:-1])]
@@ -192,7 +193,7 @@ def make_cloze(c):
     about = parts[0].meta["speech"]
     units = dict(n_units=about["n_units"], rate=about["rate"], hash=about["vocabulary"])
     cloze = cut_cloze(passages, c["seed"])
-    data.write_set(out / "cloze", "paired", cloze, data.Tokenizer(c["tokenizer"]), units, "corpora/small.py")
+    write_set(out / "cloze", "paired", cloze, Tokenizer(c["tokenizer"]), units, "corpora/small.py")
 
 
 def main(argv):
@@ -201,7 +202,7 @@ def main(argv):
         if not books(c["source"], which):
             raise SystemExit(f"--source={c['source']}: no book for {which}/; the top of corpora/small.py says which")
     first, out = c["shard"].startswith("0/"), Path(c["out"])
-    data.Tokenizer(c["tokenizer"])  # if it is no good, before an hour has gone by
+    Tokenizer(c["tokenizer"])  # if it is no good, before an hour has gone by
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "units" / "units.json").exists():
         if not first:
@@ -218,7 +219,7 @@ def main(argv):
         if which == "test" and not (out / "cloze").exists():
             make_cloze(c)
     if first:
-        reports["cloze"] = dict(items=data.open_set(out / "cloze").meta["documents"] // 3)
+        reports["cloze"] = dict(items=open_set(out / "cloze").meta["documents"] // 3)
         (out / "small.json").write_text(json.dumps(reports, indent=1))
     print(json.dumps(reports, indent=1))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import speech
-from benchmarks import read_blimp
+from benchmarks.blimp import read as read_blimp
 from configurator import configure
 from corpora.demo import SPEAKERS, add_hiss
 

@@ -13,7 +13,7 @@ such a segment serves as speech only.
 import re
 
 from corpora import common, files
-from foreign import one_line
+from runtime.files import one_line
 
 
 def find(source, settings):

@@ -14,7 +14,7 @@ The text is raw_text, which has case and punctuation, or normalized_text where t
 """
 
 from corpora import common, files
-from foreign import one_line
+from runtime.files import one_line
 
 
 def find(source, settings):

@@ -1,6 +1,7 @@
-"""analyze.py: estimators against brute force, dadapy's values and known answers, and each command from end to end."""
+"""analyze.py and tools/figures.py: estimators against brute force, dadapy's values and known answers; each command."""
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import analyze
-import data
-import model as smoltolk
 import speech
-from checkpoint import whole_folder
-from model import Config, SmolTolk, save_pretrained
+from data import open_source, uniform
+from model import Config, SmolTolk, forward_flops, make_layout, save_pretrained
+from runtime.datasets import open_set, write_set
+from runtime.files import whole_folder
+from runtime.tokenizer import Tokenizer
+from tools import figures
 
 # ---------------------------------------------------------------------------------------------------------------------
 # segmentation
@@ -82,40 +85,38 @@ def test_hits_of_a_corpus_are_those_of_its_utterances(corpus, tolerance, one_to_
 def test_boundaries_leave_out_the_ends_and_words_without_units():
     u = spoken([0, 2, 0, 3, 1, 0])
     assert u.boundaries().tolist() == [2, 5]
-    assert u.times() == pytest.approx([0.08, 0.2])
+    assert u.boundary_times() == pytest.approx([0.08, 0.2])
     timed = u._replace(ends=np.array([0.0, 0.07, 0.07, 0.21, 0.24, 0.24]))
-    assert timed.times() == pytest.approx([0.07, 0.21])
+    assert timed.boundary_times() == pytest.approx([0.07, 0.21])
 
 
 def test_planted_peaks_are_found_exactly_and_chance_is_not():
     rng = np.random.default_rng(0)
-    splits = {}
-    for split in ("val", "test"):
+    splits = []
+    for _ in range(2):
         utterances = [spoken(rng.integers(2, 9, size=12)) for _ in range(20)]
         signals = []
         for u in utterances:  # a high peak at each boundary and low ones, which tuning must learn to leave out, between
             signal = 0.02 * rng.random(len(u.units))
             signal[u.boundaries()] += 0.12
             signals.append(signal)
-        splits[split] = utterances, analyze.segmenters(utterances, {"planted": signals}, rng)
-    (val, on_val), (test, on_test) = splits.values()
-    methods = {name: (*on_val[name], on_test[name][1]) for name in on_val}
-    for unit, one_to_one in (("units", True), ("units", False), ("ms", True)):
-        rows = {row["method"]: row for row in analyze.tune_and_score(
-            analyze.lay_out(val, unit), analyze.lay_out(test, unit), methods, 0, one_to_one, seed=1)}
+        planted = analyze.peaks(signals, analyze.PROMINENCES)
+        splits.append(analyze.Split(utterances, dict(planted=planted) | analyze.baselines(utterances, rng)))
+    for measure, one_to_one in (("units", True), ("units", False), ("seconds", True)):
+        rows = {row["method"]: row for row in analyze.tune_and_score(*splits, measure, 0, one_to_one, seed=1)}
         planted = rows["planted"]
         assert [planted[k] for k in ("precision", "recall", "f1", "r_value")] == [100] * 4
         assert 0.02 <= planted["setting"] <= 0.1 and planted["r_value_stderr"] == 0
-        assert planted["true"] == sum(len(u.boundaries()) for u in test)
+        assert planted["true"] == sum(len(u.boundaries()) for u in splits[1].utterances)
         assert max(row["r_value"] for name, row in rows.items() if name != "planted") < 60
 
 
 def test_baselines_predict_what_they_say():
     utterances = [spoken([3, 4], [1, 1, 4, 1, 1, 1, 1]), spoken([2, 2])]
-    methods, axis = analyze.segmenters(utterances, {}, np.random.default_rng(0)), analyze.lay_out(utterances, "units")
+    methods, axis = analyze.baselines(utterances, np.random.default_rng(0)), analyze.lay_out(utterances, "units")
 
-    def predicted(name, setting):
-        return axis.position[methods[name][1](setting)].tolist()
+    def predicted(name, value):
+        return axis.position[methods[name].predict(value)].tolist()
 
     second = axis.position[7]
     assert predicted("every k units", 3) == [3, 6, second + 3]
@@ -131,9 +132,9 @@ def test_baselines_predict_what_they_say():
 def golden_points():
     """600 points: three coordinates, curled up in seven dimensions and a constant one, and noise."""
     i = np.arange(600)[:, None]
-    a, b, c = data.uniform(1, 2, i, np.arange(3)).T
+    a, b, c = uniform(1, 2, i, np.arange(3)).T
     x = np.stack([np.cos(3 * a), np.sin(3 * a), np.cos(2 * b) * c, np.sin(2 * b) * c, a * b, c ** 2, b - a, 0 * a], 1)
-    return x + 0.01 * data.uniform(1, 3, i, np.arange(8))
+    return x + 0.01 * uniform(1, 3, i, np.arange(8))
 
 
 # dadapy 0.3.4 (numpy 1.26.4): Data(coordinates=golden_points()).return_id_scaling_gride(range_max=2**13)
@@ -222,10 +223,9 @@ def test_plateau():
 
 
 def test_degenerate_points():
-    with pytest.raises(ValueError, match="1 different points; the dimension needs 3"):
-        analyze.gride(np.ones((50, 4)))
-    with pytest.raises(ValueError, match="2 different points"):
-        analyze.gride(np.array([[0.0], [1.0], [1.0]]))
+    for x, distinct in ((np.ones((50, 4)), 1), (np.array([[0.0], [1.0], [1.0]]), 2)):  # fewer than 3 different points
+        found = analyze.gride(x)
+        assert np.isnan([found.ids, found.errors, found.scales]).all() and found.points == distinct
     with pytest.raises(ValueError, match="not finite"):
         analyze.gride(np.array([[0.0], [1.0], [np.nan]]))
     assert len(analyze.gride(np.random.default_rng(0).random((5, 2)), 2**13).ids) == 2  # neighbours 1, 2 and 4
@@ -296,21 +296,22 @@ BASELINE = dict(input_adapter_layers=0, output_adapter_layers=0, layer_pooling="
 
 
 @pytest.mark.parametrize("overrides", [{}, BASELINE, dict(layer_pooling="fixed"), dict(num_key_value_heads=4)], ids=str)
-@pytest.mark.parametrize("text_rows", [0, 2])
-def test_forward_flops_are_what_torch_counts(overrides, text_rows):
+@pytest.mark.parametrize("speaks", [True, False])
+def test_forward_flops_are_what_torch_counts(overrides, speaks):
     config = Config(**{**SHAPE, **overrides})
-    rng, (rows, T) = np.random.default_rng(0), (5, 24)
-    ids = rng.integers(0, 61, (rows, T + 1))  # text, units and speech EOS
-    ids[:text_rows] %= 50
-    ids, net = torch.from_numpy(ids), SmolTolk(config)
+    rows, T = 5, 24
+    ids = np.random.default_rng(0).integers(0, 61 if speaks else 50, (rows, T + 1))  # text, units and speech EOS
+    ids = torch.from_numpy(ids)
+    layout = make_layout(ids[:, :-1], ids[:, 1:], config)
+    if not speaks:
+        layout = layout._replace(speech=None)
     # torch does not know how to count the CPU's attention kernel, but its plain matrix products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        out = net(ids[:, :-1], ids[:, 1:], text_rows)
-    counted = sum(smoltolk.forward_flops(config, rows, T, text_rows, out.n_text, out.n_speech))
+        out = SmolTolk(config)(ids[:, :-1], ids[:, 1:], layout)
+    counted = sum(forward_flops(config, rows, T, speaks, len(out.text_nll), len(out.speech_nll)))
     # torch counts attention over all T x T pairs, forward_flops the causal T (T + 1) / 2
-    adapters = config.input_adapter_layers + config.output_adapter_layers
-    over_all = config.num_hidden_layers * rows + adapters * (rows - text_rows)
-    assert counter.get_total_flops() == counted + over_all * 2 * config.hidden_size * (2 * T * T - T * (T + 1))
+    layers = config.num_hidden_layers + speaks * (config.input_adapter_layers + config.output_adapter_layers)
+    assert counter.get_total_flops() == counted + layers * rows * 2 * config.hidden_size * (2 * T * T - T * (T + 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,12 +333,17 @@ def world(tmp_path_factory, demo_folder):
 
 
 def run(world, command, out, **more):
-    values = dict(checkpoint=world[0].parent, data=world[1] / "test", val=world[1] / "val", out=out, device="cpu")
+    values = dict(checkpoint=world[0], data=world[1] / "test", val=world[1] / "val", out=out, device="cpu")
     analyze.main([command, *(f"--{k}={v}" for k, v in (values | more).items())])
     with open(out / f"{command}.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert (out / f"{command}.png").read_bytes()[:4] == b"\x89PNG"
-    return rows, json.loads((out / f"{command}.json").read_text())
+    path = out / f"{command}.png"
+    drawn = path.read_bytes()
+    assert drawn[:4] == b"\x89PNG"
+    path.unlink()
+    figures.main([str(path.with_suffix(".json"))])  # all that the picture shows is in the json
+    assert path.read_bytes() == drawn
+    return rows, json.loads(path.with_suffix(".json").read_text())
 
 
 def opened(world, **more):
@@ -349,18 +355,18 @@ def opened(world, **more):
 def test_states_and_weights_are_those_of_single_forward_passes(world):
     model, _ = opened(world)
     assert model.name == "small" and model.speaks
-    [shard] = data.open_source("interleaved", [world[1] / "test"]).shards
+    [shard] = open_source("interleaved", [world[1] / "test"]).shards
     found = analyze.subsequences([shard], ("text", "speech"), 4, 30, seed=1)
     V = model.net.config.vocab_size
     for stream, shift in (("text", 0), ("speech", V)):
         sequences = [ids + shift for ids in found[stream]]
         states = analyze.last_hidden(model.net, sequences, 64, text=stream == "text")
         for i in (0, 11, 29):
-            hidden = model.net(torch.from_numpy(sequences[i])[None], want=("hidden",)).hidden
+            hidden = model.net(torch.from_numpy(sequences[i])[None]).hidden
             np.testing.assert_allclose(states[:, i], torch.stack([h[0, -1] for h in hidden]).numpy(), atol=1e-5)
     u = analyze.read_utterances(world[1] / "test", model, opened(world)[1])[3]
     ids = torch.from_numpy(np.append(model.net.config.speech_eos, u.units + V))[None]
-    omega = model.net(ids, want=("omega",)).omega[0].numpy()
+    omega = model.net(ids).log_omega[0].exp().numpy()
     [read], [predicted] = (analyze.layer_weights(model.net, [u], 64, at) for at in ("read", "predicted"))
     np.testing.assert_allclose(read, omega[1:], atol=1e-6)  # the state that has read unit j
     np.testing.assert_allclose(predicted, omega[:-1], atol=1e-6)  # the state that predicts unit j
@@ -369,14 +375,14 @@ def test_states_and_weights_are_those_of_single_forward_passes(world):
 def test_utterances_of_a_paired_set(world):
     model, c = opened(world)
     whole = analyze.read_utterances(world[1] / "test", model, c)
-    test = data.open_set(world[1] / "test")
+    test = open_set(world[1] / "test")
     text, units, t, s = test.document(2)
     assert whole[2].units.tolist() == units[:-1].tolist() and whole[2].offsets.tolist() == s[:-1].tolist()
-    assert " ".join(whole[2].words) == data.Tokenizer(world[0] / "tokenizer.json").decode(text[:-1])
+    assert " ".join(whole[2].words) == Tokenizer(world[0] / "tokenizer.json").decode(text[:-1])
     durations = json.loads((world[0] / "units.json").read_text())["durations"]
     assert np.diff(whole[2].starts) == pytest.approx([durations[i] / 25 for i in units[:-1]])
     model.net.config.max_position_embeddings = 41
-    pieces = list(analyze.read_paired(world[1] / "test", model, ""))
+    pieces = list(analyze.read_paired(world[1] / "test", model, c))
     assert max(len(u.units) for u in pieces) <= 40 and len(pieces) > len(whole)
     assert np.concatenate([u.units for u in pieces]).tolist() == np.concatenate([u.units for u in whole]).tolist()
     assert sum((u.words for u in pieces), []) == sum((u.words for u in whole), [])
@@ -391,8 +397,8 @@ def test_subsequences(tmp_path_factory, lengths, words, count, seed):
         documents.append(([[i] * (1 + i % 2) for i in ids], [[i] * (i % 3) for i in ids]))
         word += n
     tokenizer = SimpleNamespace(vocab_size=100, eos=0, hash="t")
-    data.write_set(folder, "paired", documents, tokenizer, dict(n_units=99, rate=25, hash="u"))
-    shard = data.open_set(folder)
+    write_set(folder, "paired", documents, tokenizer, dict(n_units=99, rate=25, hash="u"))
+    shard = open_set(folder)
     found = analyze.subsequences([shard, shard], ("text", "speech"), words, count, seed)
     possible = [list(range(b - n + i, b - n + i + words)) for n, b in zip(lengths, np.cumsum(lengths) + 1)
                 for i in range(n - words + 1)]
@@ -404,10 +410,10 @@ def test_subsequences(tmp_path_factory, lengths, words, count, seed):
 
 
 def test_words_of_a_text_set_begin_with_a_space(world, tmp_path):
-    tokenizer = data.Tokenizer(world[0] / "tokenizer.json")
+    tokenizer = Tokenizer(world[0] / "tokenizer.json")
     texts = ["The moon rose. Tom saw it", "A cat sat", "on"]
-    data.write_set(tmp_path / "text", "text", map(tokenizer.encode, texts), tokenizer)
-    shard = data.open_set(tmp_path / "text")
+    write_set(tmp_path / "text", "text", map(tokenizer.encode, texts), tokenizer)
+    shard = open_set(tmp_path / "text")
     found = analyze.subsequences([shard], ("text",), 3, 99, seed=0, tokenizer=tokenizer)["text"]
     assert sorted(tokenizer.decode(ids).strip() for ids in found) == [
         "A cat sat", "The moon rose.", "Tom saw it", "moon rose. Tom", "rose. Tom saw"]
@@ -417,7 +423,7 @@ def test_segmentation(world, tmp_path):
     rows, about = run(world, "segmentation", tmp_path)
     kinds = {(row["within"], row["matching"]) for row in rows}
     assert kinds == {(w, m) for w in ("1 units", "40 ms") for m in ("nearest", "one-to-one")}
-    test = data.open_set(world[1] / "test")
+    test = open_set(world[1] / "test")
     documents = [test.document(i) for i in range(test.meta["documents"])]
     true = sum(len(set(s[1:-2].tolist()) - {0, len(u) - 1}) for _, u, _, s in documents)
     assert {int(row["true"]) for row in rows} == {true}
@@ -431,13 +437,25 @@ def test_segmentation(world, tmp_path):
 
 def test_weights(world, tmp_path):
     rows, about = run(world, "weights", tmp_path, utterance=1)
-    test = data.open_set(world[1] / "test")
+    test = open_set(world[1] / "test")
     _, units, _, s = test.document(1)
     assert [int(row["unit"]) for row in rows[::3]] == units[:-1].tolist()
     assert [int(row["position"]) for row in rows[::3] if row["boundary"] == "1"] == sorted(set(s[1:-2].tolist()) - {0})
     omega = np.array([float(row["omega"]) for row in rows]).reshape(-1, 3)
     np.testing.assert_allclose(omega.sum(1), 1, atol=1e-4)
-    assert sum(about["models"]["small"]["phi"]) == pytest.approx(1)
+    about = about["models"]["small"]
+    assert sum(about["phi"]) == pytest.approx(1)
+    np.testing.assert_allclose(about["utterance"]["omega"], omega[:120], atol=1e-5)  # those that are drawn
+    assert about["utterance"]["offsets"] == s[:-1].tolist()
+    model, c = opened(world)
+    utterances = analyze.read_utterances(world[1] / "test", model, c)
+    omega = analyze.layer_weights(model.net, utterances, 256, "read")
+    for shift in (-2, 0, 3):
+        values = [w[i + shift, -1] for u, w in zip(utterances, omega) for i in u.boundaries()
+                  if 0 <= i + shift < len(w)]
+        assert about["last_layer_around_boundaries"][str(shift)] == pytest.approx(np.mean(values), rel=1e-4)
+        error = np.std(values) / len(values) ** 0.5
+        assert about["last_layer_around_boundaries_stderr"][str(shift)] == pytest.approx(error, rel=1e-3)
 
 
 def test_dimension_and_overlap(world, tmp_path):
@@ -466,7 +484,8 @@ def test_scaling(world, tmp_path):
     for name, factor in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         lines = [dict(step=s, tokens=100 * s, flops=1000 * s * factor, text_nll=5 / s) for s in (10, 20, 30)]
-        lines.insert(2, dict(step=15, nll=dict(speech=dict(speech=2.5))))  # between two logged steps
+        lines.insert(0, dict(step=0, entropy=1.0))
+        lines.insert(3, dict(step=15, nll=dict(speech=dict(speech=2.5))))  # between two logged steps
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     runs = f"--checkpoint={tmp_path / 'one'},{tmp_path / 'two'}"
     analyze.main(["scaling", runs, f"--out={tmp_path}", "--metrics=nll/speech/speech,text_nll"])
@@ -475,8 +494,10 @@ def test_scaling(world, tmp_path):
     held = [(row["run"], float(row["tokens"]), float(row["flops"])) for row in rows if row["metric"] != "text_nll"]
     assert held == [("one", 1500, 15000), ("two", 1500, 30000)]
     assert len(rows) == 8
-    with pytest.raises(SystemExit, match="no run has logged 'text_nl'; did you mean text_nll"):
-        analyze.main(["scaling", runs, f"--out={tmp_path}", "--metrics=text_nl"])
+    for name, message in (("text_nl", "no run has logged 'text_nl'; did you mean text_nll"),
+                          ("entropy", "entropy was only logged before the first step")):
+        with pytest.raises(SystemExit, match=message):
+            analyze.main(["scaling", runs, f"--out={tmp_path}", f"--metrics={name}"])
 
 
 def test_recordings_in_true_time(world, tmp_path):
@@ -500,7 +521,7 @@ def test_recordings_in_true_time(world, tmp_path):
     waveform = speech.read_audio(tmp_path / "test/1.wav", 0, 2.4)
     [(ids, frame_start)] = speech.units([waveform], vocabulary)
     assert u.units.tolist() == ids.tolist() and u.starts[:-1].tolist() == (frame_start / 25).tolist()
-    assert u.times() == pytest.approx(0.3 * np.arange(7) + 0.25)
+    assert u.boundary_times() == pytest.approx(0.3 * np.arange(7) + 0.25)
     (tmp_path / "wrong").mkdir()
     codebook = vocabulary._replace(centroids=vocabulary.centroids + 1)
     speech.save_mel_units(tmp_path / "wrong", codebook._replace(hash=speech.vocabulary_hash(codebook.centroids)))
@@ -516,16 +537,16 @@ def test_recordings_in_true_time(world, tmp_path):
     (["segment"], "segment: no such command; write one of segmentation"),
     (["weights", "--corpus=foo", "--units=x"], "corpus=foo, units=x: give the name of a script"),
     (["weights", "--corpus=timit"], "corpus=timit, units=: give the name"),
-    (["dimension", "--max_rank=1"], "max_rank=1, .*: give 4 or more"),
-    (["dimension", "--scale=6"], "scale=6, .*0 or a power of 2"),
-    (["dimension", "--clip=95"], "clip=95.0: .*from 0 to 1"),
+    (["dimension", "--max_rank=1"], "max_rank=1: give 4 or more"),
+    (["dimension", "--scale=6"], "scale=6: give 0 or a power of 2"),
+    (["dimension", "--clip=95"], "clip=95.0: give a number above 0, up to 1"),
     (["weights", "--utterance=999"], "--utterance=999: .* has 0 to"),
     (["weights", "--omega_at=here"], "omega_at=here: choose read or predicted"),
     (["overlap", "--words=500"], "0 subsequences of 500 words, too few for 5 batches"),
     (["dimension", "--batches=0"], "batches=0: give 1 or more"),
     (["scaling"], "log.jsonl: not there")])
 def test_errors_are_one_line(world, tmp_path, arguments, message):
-    more = [f"--checkpoint={world[0].parent}", f"--data={world[1] / 'test'}", f"--out={tmp_path}", "--device=cpu"]
+    more = [f"--checkpoint={world[0]}", f"--data={world[1] / 'test'}", f"--out={tmp_path}", "--device=cpu"]
     with pytest.raises(SystemExit, match=message) as caught:
         analyze.main([*arguments, *more])
     assert "\n" not in str(caught.value)
@@ -539,3 +560,72 @@ def test_a_baseline_or_text_model_has_no_selector(world, tmp_path):
     (tmp_path / "model/speech.safetensors").unlink()
     with pytest.raises(SystemExit, match="a text model; overlap needs one that has learnt speech"):
         analyze.main(["overlap", f"--checkpoint={tmp_path / 'model'}", "--device=cpu"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures
+
+def curves(axes):
+    """{label: (x, y, colour)} of the lines in a picture."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_color())
+            for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_several_models_in_one_picture(world, tmp_path):
+    for name in ("text_model", "copy"):
+        shutil.copytree(world[0], tmp_path / name)
+    (tmp_path / "text_model/speech.safetensors").unlink()
+    out, small, text_model, copy = tmp_path / "out", world[0], tmp_path / "text_model", tmp_path / "copy"
+    rows, results = run(world, "dimension", out, checkpoint=f"{text_model},{small}", points=30, batches=2, words=8)
+    assert {(row["model"], row["modality"]) for row in rows} == {
+        ("text_model", "text"), ("small", "text"), ("small", "speech")}
+    main, *scales = figures.dimension(results).axes
+    assert {name: colour for name, (_, _, colour) in curves(main).items()} == {
+        "text_model, text": "#0072B2", "small, text": "#D55E00", "small, speech": "#D55E00"}
+    assert len(scales) == 3
+    first = [row for row in rows if (row["model"], row["modality"], row["layer"]) == ("small", "text", "3")]
+    x, y, _ = curves(scales[1])["layer 3"]
+    assert x == [int(row["n"]) for row in first]
+    assert y == pytest.approx([float(row["dimension"]) for row in first], rel=1e-4)
+
+    rows, results = run(world, "weights", out, checkpoint=f"{small},{copy}", utterances=6)
+    assert [row["model"] for row in rows] == ["small"] * (len(rows) // 2) + ["copy"] * (len(rows) // 2)
+    assert results["models"]["small"]["phi"] == results["models"]["copy"]["phi"]
+    titles = [axes.get_title() for axes in figures.weights(results).axes]
+    assert [title.split(":")[0] for title in titles if "along an utterance" in title] == ["small", "copy"]
+
+
+def test_layers_of_mostly_equal_points_are_left_out_of_the_picture():
+    rows = [dict(model="a", modality="text", layer=layer, n=2**i, dimension=5.0 + layer, deviation=0.1,
+                 chosen=int(i == 1), distinct=distinct)
+            for layer, distinct in enumerate([49, 50, 100]) for i in range(3)]
+    figure = figures.dimension(dict(models=dict(a=dict(text=dict(points=100))), rows=rows))
+    _, y, _ = curves(figure.axes[0])["a, text"]
+    assert np.isnan(y[0]) and y[1:] == [6, 7]
+
+
+def test_loss_curves(tmp_path):
+    lines = [dict(step=5, stage="text", text_nll=4.0, speech_nll=None), dict(step=9, stage="stage1", changed={}),
+             dict(step=10, stage="stage1", text_nll=3.0, speech_nll=5.0),
+             dict(step=10, stage="stage1", nll=dict(speech=dict(speech=2.5), interleaved=dict(text=3.5)),
+                  topic_cloze={"S->T": dict(accuracy=61.0)})]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 11, "st')
+    figures.main([str(tmp_path / "log.jsonl")])
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    training, held_out, cloze = figures.losses(lines).axes
+    assert curves(training) == {"text targets": ([5, 10], [4, 3], "#0072B2"), "speech targets": ([10], [5], "#D55E00")}
+    assert curves(held_out) == {"speech sequences": ([10], [2.5], "#D55E00"),
+                                "text in interleaved sequences": ([10], [3.5], "#0072B2")}
+    assert curves(cloze) == {"S->T": ([10], [61], "#009E73")}
+    assert [(text.get_position()[0], text.get_text()) for text in cloze.texts] == [(5, "text"), (9, "stage1")]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.json", "{", "a.json: cannot be read"), ("a.json", "[]", "a.json: not a json of analyze.py"),
+    ("a.json", '{"command": "train"}', "not a json of analyze.py"), ("log.jsonl", None, "log.jsonl: no such file"),
+    ("log.jsonl", "{\n", "log.jsonl: a line in it is not json"), ("a.csv", "", "tools.figures FILE")])
+def test_what_cannot_be_drawn(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        figures.main([str(tmp_path / name)])

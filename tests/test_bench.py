@@ -1,9 +1,8 @@
 """bench.py: every part on a model that takes seconds, and what its numbers rest on."""
 import json
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -11,173 +10,145 @@ import torch
 import torch.distributed as dist
 
 import bench
-import data
-import evaluate
 import train
-from model import Config, SmolTolk, count_parameters
+from data import micro_batches, open_source
+from model import count_parameters
+from runtime.datasets import open_set
+from runtime.distributed import ALONE
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             vocab_size=400, n_units=20, sequence_length=64, micro_batch=3, steps=1, warmup=0, device="cpu",
             dtype="float32")
-HOOK = """
-import torch
-def build(config, device):
-    return torch.nn.Embedding(config.switch + 1, 4, device=device), []
-def step(state, tokens):
-    table, seen = state
-    assert tokens.shape == (3, 65) and tokens.dtype == torch.int64 and int(tokens.max()) < len(table.weight)
-    table(tokens).sum().backward()
-"""
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(bench, "read_rate", lambda device: 1e10)
+    monkeypatch.setattr(bench, "reuse_memory", lambda: None)
     monkeypatch.setattr(bench, "NEW", 4)
-    monkeypatch.setattr(train, "reuse_memory", lambda: None)
+    monkeypatch.setattr(bench, "LARGE", 10**6)
+
+
+def arguments(**more):
+    return [f"--{key}={value}" for key, value in (TINY | more).items()]
 
 
 def run(tmp_path, **more):
-    bench.main([f"--{key}={value}" for key, value in (TINY | dict(out=tmp_path / "bench.json") | more).items()])
+    bench.main(arguments(**dict(out=tmp_path / "bench.json") | more))
     return json.loads((tmp_path / "bench.json").read_text())
+
+
+def prepare(*argv):
+    settings, name = bench.configure(bench.DEFAULTS, argv, train.complete_stages)
+    return bench.prepare(settings, name, ALONE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random") / "set"
+    bench.write_random_set(folder, TINY["vocab_size"], TINY["n_units"])
+    return folder
 
 
 def test_training_steps_of_all_sides(tmp_path, capsys):
     pytest.importorskip("transformers")
-    (tmp_path / "hook.py").write_text(HOOK)
-    report = run(tmp_path, what="train", pair="residual=false sequence_length=32", reference=True, profile=True,
-                 hook=tmp_path / "hook.py")
+    report = run(tmp_path, what="train", pair="residual=false sequence_length=32", reference=True,
+                 profile=tmp_path / "trace.json")
     assert list(report["train"]) == ["text", "speech", "interleaved", "mixed", "stage 1"]
     for row, sides in report["train"].items():
-        others = [] if row == "stage 1" else ["transformers", "hook"]
-        assert [side for side in sides if side != "top ten"] == ["this", "pair", *others]
-        for side in ["this", "pair", *others]:
-            length = 32 if side == "pair" else 64
-            assert sides[side]["tokens_per_second"] * sides[side]["seconds"] == pytest.approx(3 * length)
+        assert list(sides) == ["this", "pair"] + ["transformers"] * (row != "stage 1")
+        for side, result in sides.items():
+            tokens = 3 * (32 if side == "pair" else 64)
+            assert result["tokens_per_second"] * result["seconds"] == pytest.approx(tokens)
         assert sides["this"]["flops"] > sides["pair"]["flops"] > 0
-    assert len(report["train"]["mixed"]["top ten"]) == 10
-    assert json.loads((tmp_path / "bench.trace.json").read_text())["traceEvents"]
-    page = capsys.readouterr().out
-    assert "mixed, transformers" in page and len(page.splitlines()) < 60
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    page, progress = capsys.readouterr()
+    assert "mixed, transformers" in page and len(page.splitlines()) == 18
+    assert "train: mixed, timed: this 0." in progress and "aten::mm" in progress
 
 
-def test_the_other_parts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "BIG", 10**6)
-    parts = "score,generate,data,memory"
-    report = run(tmp_path, what=parts)
-    for part in parts.split(","):
+def test_the_other_parts(tmp_path, capsys):
+    report = run(tmp_path, what="score,generate,data")
+    for part in ("score", "generate", "data"):
         assert all(value > 0 for value in report[part].values()), part
-    assert report["generate"]["bound_per_second"] == pytest.approx(1e10 / report["generate"]["weight_bytes"])
-    assert not (ROOT / "out" / "default").exists()
+    backbone, _ = count_parameters(train.build_model(prepare(*arguments()), SimpleNamespace(eos=0)))
+    assert report["generate"]["weight_bytes"] == 4 * backbone
+    assert report["generate"]["bound_per_second"] == pytest.approx(1e10 / (4 * backbone))
+    assert "share of bound" in capsys.readouterr().out
 
 
-def test_every_size_finds_its_shape():
-    for size, millions in (("150m", 149), ("400m", 402), ("2b", 1981)):
-        argv = [f"config/train_{size}.py", "--sequence_length=64", "--compile=false"]
-        settings, name = bench.configure(train.DEFAULTS | bench.OWN, argv, train.complete_stages)
-        c = bench.prepare(settings, name, evaluate.ALONE)
-        assert bench.bench_memory(c, evaluate.ALONE)["parameters"] == pytest.approx(millions * 1e6, rel=0.004)
+def test_progress_is_shown_before_the_first_measurement(tmp_path, capsys, monkeypatch):
+    def stop(c, world):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(bench, "measure_machine", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert "machine: " in capsys.readouterr().err
 
 
-def test_random_sets_are_sound(tmp_path):
-    folder = bench.random_set(tmp_path / "set", Config(vocab_size=400, n_units=20), words=20_000)
-    opened = data.open_set(folder, full=True)
-    assert opened.meta["text"]["tokens"] / 20_000 == pytest.approx(1.3, abs=0.02)
-    assert opened.meta["speech"]["tokens"] / 20_000 == pytest.approx(5, abs=0.1)
-    assert len(np.unique(opened.text)) == 400
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_a_step_is_that_of_the_training_loop(tmp_path, folder, name):
+    c = prepare(*arguments(micro_batches=2, beta=1.0, out_dir=tmp_path / "run"))
+    stage = c.stages[name] | dict(steps=3, learning_rate=1e-3, speech_learning_rate=1e-3, warmup=0, decay=0.0)
+    c.stages = {name: stage}  # in three steps, because at first the entropy is at its maximum and has no gradient
+    before, timed, trained = (bench.make_model(c, ALONE) for _ in range(3))
+    sources = dict.fromkeys(stage["mixture"], open_source("interleaved", [folder]))
+    side = bench.smoltolk_side(c, ALONE, stage, timed, folder)
+    for step in range(3):
+        side.run(micro_batches(step, sources, stage, 0, c, timed.config, ALONE))
+
+    data = train.Data(None, sources, held={}, cloze=None, identity={}, files={})
+    log, place = MagicMock(began=0.0), dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
+    train.train(train.Run(c, ALONE, data, {}, log, nullcontext(), [], None, []), trained, place)
+    for old, a, b in zip(before.parameters(), timed.parameters(), trained.parameters()):
+        torch.testing.assert_close(a, b)
+        assert a.requires_grad or torch.equal(a, old)
+    assert not torch.equal(timed.speech_embed.weight, before.speech_embed.weight)
+    assert place["flops"] == pytest.approx(3 * side.flops, rel=0.02)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8])
-def test_compiled_steps_meet_one_number_of_text_rows(tmp_path, rows):
-    config = Config(vocab_size=400, n_units=20)
-    shard = data.open_source("interleaved", [bench.random_set(tmp_path / "set", config, words=20_000)])
-    c = SimpleNamespace(batch_tokens=64 * rows, sequence_length=64, micro_batch=rows, seed=3, text_span=(10, 30),
-                        speech_span=(5, 15), compile=True)
-    mixture = dict(text=1, speech=1, interleaved=1)
-    make = train.step_batches(c, config, dict.fromkeys(mixture, shard), dict(mixture=mixture), 0, evaluate.ALONE)
-    batches = [batch for step in range(6) for batch in make(step)]
-    assert {batch.text_rows for batch in batches} == {rows // 3}
-    assert all((batch.tokens[:rows // 3] < 400).all() for batch in batches)
-
-
-MEASURE = """
-import ctypes, sys, torch
-import bench, evaluate, train
-from pathlib import Path
-def resident():
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # what is freed may stay resident, or may not
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-settings, name = bench.configure(train.DEFAULTS | bench.OWN, sys.argv[1:], train.complete_stages)
-c = bench.prepare(settings, name, evaluate.ALONE)
-told = bench.bench_memory(c, evaluate.ALONE)
-model = bench.build_model(c, evaluate.ALONE)
-rows, length = c.micro_batch, c.sequence_length
-ids = torch.randint(0, c.vocab_size, (rows, length + 1))
-ids[rows // 3:] = torch.randint(c.vocab_size, c.vocab_size + c.n_units, ids[rows // 3:].shape)
-model(ids[:1, :9], ids[:1, 1:10])
-before = resident()
-out = model(ids[:, :-1], ids[:, 1:], rows // 3)
-print(told["activations"], resident() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_what_a_forward_pass_leaves_behind():
-    shape = TINY | dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2,
-                        num_hidden_layers=4, sequence_length=256, micro_batch=9)
-    done = subprocess.run([sys.executable, "-c", MEASURE, *(f"--{k}={v}" for k, v in shape.items())], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    told, measured = map(int, done.stdout.split())
-    assert told == pytest.approx(measured, rel=0.15)
-
-
-def test_frozen_gradients_are_neither_made_nor_sent(tmp_path):
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_processes_send_only_what_is_trained_and_once_a_step(tmp_path, folder, name):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        for what in ("new", "all"):
-            model, sent = SmolTolk(Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                          num_attention_heads=2, num_key_value_heads=1, n_units=10)), []
-            train.set_trainable(model, what)
-            runner = train.make_runner(model, SimpleNamespace(compile=False, recompute=False), evaluate.ALONE)
-
-            def count(_, bucket, sent=sent):
-                sent.append(bucket.buffer().nbytes)
-                reduced = dist.all_reduce(bucket.buffer(), async_op=True)
-                return reduced.get_future().then(lambda done: done.value()[0])
-            runner.register_comm_hook(None, count)
-            ids = torch.randint(0, 60, (3, 20))
-            out = runner(ids[:, :-1], ids[:, 1:])
-            (out.text_nll + out.speech_nll + out.negative_entropy).backward()
-            text, new = count_parameters(model)
-            assert sum(sent) == 4 * (new if what == "new" else text + new)
-            made = {name.startswith("model.") for name, p in model.named_parameters() if p.grad is not None}
-            assert made == ({False} if what == "new" else {False, True})
+        c = prepare(*arguments(micro_batches=3))
+        model = bench.make_model(c, ALONE)
+        side = bench.smoltolk_side(c, ALONE, c.stages[name], model, folder)
+        [batches] = side.steps
+        with torch.profiler.profile(record_shapes=True) as profiler:
+            side.run(batches)
     finally:
         dist.destroy_process_group()
+    sent = [event.input_shapes for event in profiler.events() if event.name == "gloo:all_reduce"]
+    text, new = count_parameters(model)
+    assert len(batches) == 3 and sum(n for [[n]] in sent) == (new if name == "stage1" else text + new)
 
 
-def test_what_is_sent_in_a_step_of_several_micro_batches(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    ddp = run(tmp_path, what="ddp", micro_batches=3, warmup=1)["ddp"]
-    text, new = count_parameters(SmolTolk(Config(**{k: v for k, v in TINY.items() if k in Config.__annotations__})))
-    for stage, parameters in (("stage1", new), ("stage2", text + new)):  # from the second step on, buckets are final
-        assert ddp[f"{stage}_sent_bytes"] == 4 * parameters and ddp[f"{stage}_parameters"] == parameters
-        assert ddp[f"{stage}_all_reduces"] == ddp[f"{stage}_buckets"]  # only the last micro-batch sends
-        for key in ("step", "step_unsummed", "sums_alone"):
-            assert ddp[f"{stage}_{key}_seconds"] > 0
+@pytest.mark.parametrize("size, millions", [("150m", 149), ("400m", 402), ("2b", 1981)])
+def test_every_size_finds_its_shape(size, millions):
+    c = prepare(f"config/train_{size}.py")
+    with torch.device("meta"):
+        model = train.build_model(c, SimpleNamespace(eos=0))
+    assert sum(count_parameters(model)) == pytest.approx(millions * 1e6, rel=0.004)
 
 
-@pytest.mark.parametrize("more, message", [
+def test_random_sets_are_sound(folder):
+    opened = open_set(folder, full=True)
+    words = opened.meta["words"]
+    assert opened.meta["text"]["tokens"] / words == pytest.approx(1.3, abs=0.02)
+    assert opened.meta["speech"]["tokens"] / words == pytest.approx(5, abs=0.1)
+    assert len(np.unique(opened.text)) == 400 and len(np.unique(opened.speech)) == 21
+
+
+@pytest.mark.parametrize("settings, message", [
     (dict(what="trian"), "what=trian: 'trian' is none of train, score"),
-    (dict(what="ddp"), "what=ddp: one process sends nothing; start bench.py by torchrun"),
     (dict(steps=0), "steps, micro_batches: give 1 or more"),
     (dict(pair="residul=false"), "no setting residul; did you mean residual"),
-    (dict(hook="nowhere.py", what="train"), "nowhere.py: cannot be used .*give a file with build"),
+    (dict(what="score", profile="trace.json"), "profile=trace.json: only training steps"),
+    (dict(out="nowhere/bench.json"), "out=nowhere/bench.json: give the name of a file"),
     (dict(init_from="weights/gpt2"), "weights/gpt2: no such folder, and no shape known")])
-def test_bad_settings_end_in_one_line(tmp_path, more, message):
+def test_bad_settings_end_in_one_line(tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message) as stop:
-        run(tmp_path, **more)
+        run(tmp_path, **settings)
     assert "\n" not in str(stop.value)

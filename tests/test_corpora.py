@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import speech
 from corpora import common, demo, files, tedlium
+from data import open_source
+from runtime import datasets
+from runtime.tokenizer import Tokenizer
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed: pip install -e '.[speech]'")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install -e '.[speech]'")
@@ -103,7 +105,7 @@ def run(name, tools, source, out, **options):
 
 def sets(out):
     """The parts of an output folder, in order of shard and part, each checked whole."""
-    return [data.open_set(path.parent, full=True) for path in sorted(Path(out).glob("*/meta.json"))]
+    return [datasets.open_set(path.parent, full=True) for path in sorted(Path(out).glob("*/meta.json"))]
 
 
 def documents(out):
@@ -134,7 +136,7 @@ def expected(tools, text, waveform, ends):
     for unit, last in zip(ids.tolist(), [*(starts[1:] - 1), n_frames - 1]):
         owner = next((i for i, end in enumerate(ends) if last < np.floor(25 * end + 1e-6)), len(words) - 1)
         spoken[owner].append(unit)
-    return data.Tokenizer(tools / "tokenizer.json").encode_words(words), spoken
+    return Tokenizer(tools / "tokenizer.json").encode_words(words), spoken
 
 
 def expect(tools, *recordings):
@@ -589,7 +591,7 @@ def test_text_files(tools, tmp_path):
     (tmp_path / "in/d.jsonl.gz").write_bytes(packed[:80])
     (tmp_path / "in/e.jsonl.gz").write_bytes(b"not gzip at all")
     report = run("text", tools, tmp_path / "in", tmp_path / "out")
-    tokenizer = data.Tokenizer(tools / "tokenizer.json")
+    tokenizer = Tokenizer(tools / "tokenizer.json")
     found = documents(tmp_path / "out")
     assert found[:4] == [tokenizer.encode(text) for text in (texts[0] + "\n", *texts[1:4])]
     assert report["dropped"] == {"text is not UTF-8": 1, "empty document": 1, "unreadable record": 2,
@@ -613,7 +615,7 @@ def test_compressed_and_columnar_text(tools, tmp_path):
     (tmp_path / "in/d.parquet").write_bytes(torn)
     (tmp_path / "in/e.jsonl.zst").write_bytes(b"no zstandard frame")
     report = run("text", tools, tmp_path / "in", tmp_path / "out", field="body")
-    assert documents(tmp_path / "out") == [data.Tokenizer(tools / "tokenizer.json").encode(text) for text in texts]
+    assert documents(tmp_path / "out") == [Tokenizer(tools / "tokenizer.json").encode(text) for text in texts]
     assert report["dropped"] == {"empty document": 1, "unreadable file": 3}
 
 
@@ -647,8 +649,8 @@ def test_parts(corpus, tools):
     assert len(parts) == report["parts"] == 3 and [part["last"] for part in parts] == [False] * 2 + [True]
     assert [part["first"] for part in parts] == [0, 128, 256] and parts[-1]["next"] == report["items"] == 300
     assert report["dropped"] and report["documents"] + sum(report["dropped"].values()) == 300
-    hashes = data.Tokenizer(tools / "tokenizer.json").hash, speech.load_units(str(tools / "units")).hash
-    assert len(data.open_source("interleaved", [out], *hashes).shards) == 3
+    hashes = Tokenizer(tools / "tokenizer.json").hash, speech.load_units(str(tools / "units")).hash
+    assert len(open_source("interleaved", [out], *hashes).shards) == 3
     assert sum(len(part.speech) for part in sets(out)) == report["tokens"]["speech"]
     assert not list(out.glob(".unfinished*"))
 
@@ -680,7 +682,7 @@ def documents_of_shard(out, shard):
 def test_an_interrupted_run_goes_on(corpus, tools, tmp_path, monkeypatch, where, calls):
     """Whatever call the process dies in, the same command then leaves what an undisturbed run leaves."""
     source, whole = corpus
-    targets = {"finish": (common, "finish"), "write_set": (data, "write_set"), "report": (common, "report")}
+    targets = {"finish": (common, "finish"), "write_set": (common, "write_set"), "report": (common, "report")}
     owner, name = targets.get(where, (os, "rename"))
     real, left = getattr(owner, name), [1 if where == "report" else calls]
 
@@ -699,7 +701,7 @@ def test_an_interrupted_run_goes_on(corpus, tools, tmp_path, monkeypatch, where,
     wanted = {"report": 3, "finish": calls // 2, "after the rename": calls}  # there are two blocks to a part
     assert finished == wanted.get(where, calls - 1)
     data_sets = len(list((tmp_path / "out").glob("*/meta.json")))
-    assert data_sets == finished  # nothing half-made is in sight of data.open_source
+    assert data_sets == finished  # nothing half-made is in sight of open_source
     report = run("manifest", tools, source, tmp_path / "out", part_tokens=900)
     assert contents(tmp_path / "out") == contents(whole) and not list((tmp_path / "out").glob(".*"))
     known = json.loads((whole / "report.json").read_text())

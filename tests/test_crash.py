@@ -1,6 +1,6 @@
-"""checkpoint.py and what train.py makes of them: runs that are killed, stopped, cut off or fed nonsense.
+"""Runs that are killed, stopped, restarted, short of disk space, or fed numbers that are not finite.
 
-SMOLTOLK_KILLS=200 python -m pytest tests/test_crash.py -k again      more kills than the suite has time for
+SMOLTOLK_SEEDS=100 python -m pytest tests/test_crash.py -k random      more kills than the suite has time for
 """
 import errno
 import functools
@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,27 +18,123 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_train import ROOT, arguments
+from safetensors import SafetensorError
+from test_train import ROOT, arguments, weights
 
-import checkpoint
-import data
-import log
 import train
+from data import kinds_of
+from model import SmolTolk
+from runtime.checkpoint import checkpoints, fault, newest, prune
+from runtime.distributed import ALONE
+from runtime.files import replace_file, whole_folder
+from runtime.log import Log, flat, read_log, spikes
 
-os.environ["PYTHONPATH"] = str(ROOT)  # for the server below, which imports train once and forks from there
+LAUNCHER = ROOT / "launch.py"
+os.environ["PYTHONPATH"] = str(ROOT)  # for the server below, which imports train once; every process is forked from it
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["train", "matplotlib.pyplot"])
-KILLS = int(os.environ.get("SMOLTOLK_KILLS", 6))
-TIMES = {"seconds", "training_seconds", "tokens_per_second", "mfu"}
-# where a run can be hit, and how often the function there is called at most in a whole run
-POINTS = {"train.train_step": 17, "train.make_optimizer": 3, "evaluate.heldout_nll": 6, "evaluate.topic_cloze": 6,
-          "train.save_checkpoint": 5, "train.write_state": 5, "checkpoint.digest": 60, "checkpoint.to_disk": 90,
-          "os.rename": 3, "checkpoint.prune": 6, "shutil.rmtree": 5, "checkpoint.replace_file": 3, "os.replace": 8,
-          "log.Log.write": 22, "train.finish": 1, "train.plot_loss": 1}
+FORK.set_forkserver_preload(["train", "tools.figures"])
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+# {module or class.function: how often it is called at most in a whole run of 17 steps}
+POINTS = {
+    "train.make_optimizer": 3, "train.schedule": 17, "train.step_flops": 17, "torch.nn.utils.clip_grad_norm_": 17,
+    "train.heldout_nll": 6, "train.topic_cloze": 6, "train.finish": 1, "train.save_checkpoint": 5,
+    "train.save_pretrained": 5, "train.save_file": 5, "runtime.files.to_disk": 50, "os.replace": 8,
+    "runtime.checkpoint.prune": 5, "shutil.rmtree": 5, "runtime.log.Log.write": 22}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+def child(argv, output, faults, environment):
+    """One process of a run.
+
+    faults   {function: (n, what)}: before its n-th call a signal is sent, or an exception raised
+             {"nan": (sequence, "loss" or "gradient")}: that sequence has a loss or a gradient of NaN
+    """
+    os.environ.update(environment)
+    with open(output, "ab", 0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = [str(ROOT / "train.py"), *argv]
+    sys.modules["tools.figures"].loss_curves = lambda out: None  # drawing would take a third of the time
+    for name, details in faults.items():
+        if name == "nan":
+            poison(*details)
+            continue
+        path, function = name.rsplit(".", 1)
+        owner = sys.modules.get(path) or getattr(sys.modules[path.rpartition(".")[0]], path.rpartition(".")[2])
+        setattr(owner, function, interrupted(getattr(owner, function), *details))
+    train.main(argv)
+
+
+def interrupted(function, n, what):
+    """The function, with a signal sent or an exception raised before its n-th call."""
+    calls = 0
+
+    @functools.wraps(function)
+    def replacement(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == n and isinstance(what, Exception):
+            raise what
+        if calls == n:
+            os.kill(os.getpid(), what)
+        return function(*args, **kwargs)
+    return replacement
+
+
+def poison(sequence, what):
+    """Make the loss of one sequence with speech, or its gradient, NaN."""
+    load, forward, numbers = train.loader, SmolTolk.forward, {}
+
+    def remembering_loader(*args):
+        for step, batches in load(*args):
+            numbers.clear()
+            numbers.update({batch.ids.data_ptr(): torch.from_numpy(batch.index) for batch in batches})
+            yield step, batches
+
+    def poisoned_forward(self, ids, targets=None, layout=None, cache=None):
+        out = forward(self, ids, targets, layout, cache)
+        if ids.data_ptr() not in numbers or layout.speech is None:
+            return out
+        is_bad = numbers[ids.data_ptr()] == sequence
+        factor = torch.where(is_bad, torch.nan, 1.0)[layout.speech // ids.size(1)]
+        if what == "loss":
+            return out._replace(speech_nll=out.speech_nll * factor)
+        if out.speech_nll.requires_grad:
+            out.speech_nll.register_hook(lambda gradient: gradient * factor)
+        return out
+    train.loader, SmolTolk.forward = remembering_loader, poisoned_forward
+
+
+def start(argv, out, faults=None, processes=1, kill_after=None, limit=100):
+    """Start the processes of a run as torchrun does, wait for them -> (exit codes, what they printed).
+
+    faults       of all processes, or a list with those of each; see child
+    kill_after   seconds until all are killed
+    """
+    faults = faults if isinstance(faults, list) else [faults or {}] * processes
+    port, output, started = free_port(), out.with_suffix(".output"), []
+    output.write_text("")
+    for rank in range(processes):
+        environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=str(port)) if processes > 1 else {}
+        started.append(FORK.Process(target=child, args=(argv, output, faults[rank], environment), daemon=True))
+        started[-1].start()
+    if kill_after is not None:
+        time.sleep(kill_after)
+        for process in started:
+            process.kill()
+    for process in started:
+        process.join(limit)
+        assert process.exitcode is not None, "it hangs: " + output.read_text()
+    return [process.exitcode for process in started], output.read_text(errors="replace")
 
 
 def free_port():
@@ -46,108 +143,51 @@ def free_port():
         return s.getsockname()[1]
 
 
-def child(argv, said, hits, environment, ids):
-    """A process of a run. hits {point: (n, what)}: at the n-th call there, what is a signal, or an error to raise."""
-    os.environ.update(environment)
-    with open(said, "ab", 0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    train.plot_loss = lambda out: None  # half of the time
-    for point, (n, what) in hits.items():
-        *path, name = point.split(".")
-        owner = functools.reduce(getattr, path[1:], sys.modules[path[0]])
-        setattr(owner, name, hit(getattr(owner, name), n, what))
-    if ids:
-        make = train.data.sample
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
 
-        def sample(sources, mixture, seed, stage, index, *more):
-            rows, text_rows = make(sources, mixture, seed, stage, index, *more)
-            with open(ids, "a") as file:
-                for row, i in zip(rows, np.asarray(index)[np.argsort(data.kinds_of(mixture, index) != "text",
-                                                                     kind="stable")]):
-                    file.write(f"{stage} {i} {hashlib.sha256(row.tobytes()).hexdigest()}\n")
-            return rows, text_rows
-        train.data.sample = sample
-    train.main(argv)
-
-
-def hit(function, n, what):
-    calls = []
-
-    def instead(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == n:
-            if isinstance(what, OSError):
-                raise what
-            os.kill(os.getpid(), what)
-        return function(*args, **kwargs)
-    return instead
-
-
-class Started:
-    """The processes of a run."""
-
-    def __init__(self, argv, said, hits=None, processes=1, ids="", **more):
-        hits = hits if isinstance(hits, list) else [hits or {}] * processes
-        port, self.said = str(free_port()), Path(said)
-        self.said.touch()  # a process may be killed before it opens it
-        self.began = self.said.stat().st_size
-        self.all = []
-        for rank in range(processes):
-            env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=port, **more) if processes > 1 else {}
-            args = argv[rank] if isinstance(argv[0], list) else argv
-            self.all.append(FORK.Process(target=child, args=(args, str(said), hits[rank], env, ids), daemon=True))
-            self.all[-1].start()
-
-    def kill(self):
-        for process in self.all:
-            process.kill()
-        return self.end()
-
-    def end(self, limit=100):
-        """(exit codes, what was said)"""
-        for process in self.all:
-            process.join(limit)
-            assert process.exitcode is not None, "it hangs: " + self.said.read_text()[self.began:]
-        return [process.exitcode for process in self.all], self.said.read_text(errors="replace")[self.began:]
-
-
-def start(demo_folder, out, hits=None, processes=1, ids="", **more):
-    usual = dict(log_interval=2, keep_checkpoints=2, eval_cloze_items=2)  # all items are most of a run's time
-    argv = arguments(demo_folder, out, **usual | {"resume": len(checkpoint.checkpoints(out)) > 0} | more)
-    return Started(argv, out.with_suffix(".said"), hits, processes, ids)
+def go(demo_folder, out, faults=None, processes=1, kill_after=None, **settings):
+    """Begin the run in `out`, or go on with it if it has a checkpoint -> (exit codes, what was printed)."""
+    usual = dict(keep_checkpoints=2, eval_cloze_items=2, resume=len(checkpoints(out)) > 0)
+    return start(arguments(demo_folder, out, **usual | settings), out, faults, processes, kill_after)
 
 
 def left(out):
     """All that a finished run has left and that does not depend on the clock, to the bit."""
-    def still(x):
-        return {k: still(v) for k, v in x.items() if k not in TIMES} if isinstance(x, dict) else x
-    found = {f"{folder.name}/{name}": hashlib.sha256((folder / name).read_bytes()).hexdigest()
-             for folder in checkpoint.checkpoints(out) for name in ("model.safetensors", "speech.safetensors",
-                                                                    "optimizer.safetensors", "config.json")}
-    places = [json.loads((f / "train.json").read_text())["place"] for f in checkpoint.checkpoints(out)]
-    found["places"] = [still(p) for p in places]
-    found["log"] = [still(line) for line in log.read_log(out)]
-    found["results"] = still(json.loads((out / "results.json").read_text()) | dict(config=""))
+    last, results = checkpoints(out)[-1], json.loads((out / "results.json").read_text())
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.iterdir()
+             if path.name != "train.json"}
+    found["place"] = json.loads((last / "train.json").read_text())["place"] | dict(seconds=0)
+    found["results"] = {key: results[key] for key in ("steps", "tokens", "flops", "nll", "topic_cloze")}
+    clock = {"seconds", "tokens_per_second", "mfu"}
+    lines = [{key: value for key, value in line.items() if key not in clock} for line in read_log(out)]
+    found["steps"] = [line for line in lines if "tokens" in line]
+    found["held out"] = [line for line in lines if "nll" in line]
     return found
+
+
+def steps_of(out):
+    return [int(folder.name[11:]) for folder in checkpoints(out)]
+
+
+def half_written(out):
+    return list(out.glob(".*.[0-9]*"))
 
 
 @pytest.fixture(scope="module")
 def whole(demo_folder, tmp_path_factory):
     """(the folder of one undisturbed run, what it has left, seconds that it took)"""
     out, began = tmp_path_factory.mktemp("crash") / "whole", time.monotonic()
-    codes, said = start(demo_folder, out).end()
-    assert codes == [0], said
+    codes, output = go(demo_folder, out)
+    assert codes == [0], output
     return out, left(out), time.monotonic() - began
 
 
 def copy_until(whole, out, step):
     """A run that has come to a checkpoint, with what came after it in the log, as a crash leaves it."""
-    shutil.copytree(whole, out)
+    shutil.copytree(whole[0], out)
     (out / "results.json").unlink()
-    for folder in checkpoint.checkpoints(out):
+    for folder in checkpoints(out):
         if int(folder.name[11:]) > step:
             shutil.rmtree(folder)
     return out
@@ -156,276 +196,282 @@ def copy_until(whole, out, step):
 # ---------------------------------------------------------------------------------------------------------------------
 # killed
 
-def test_killed_again_and_again(whole, demo_folder, tmp_path):
-    """Three kinds of moments: any; at the n-th call of a function; and again at once when it goes on."""
-    draw, kills, runs = random.Random(int(os.environ.get("SMOLTOLK_SEED", 0))), 0, 0
-    while kills < KILLS:
-        out, runs = tmp_path / f"run{runs}", runs + 1
-        for _ in range(draw.randint(3, 9)):
-            if draw.random() < 0.3:
-                process = start(demo_folder, out)
-                time.sleep(draw.random() * whole[2])
-                codes, said = process.kill()
-            else:
-                point = draw.choice(list(POINTS))
-                n = draw.randint(1, POINTS[point])
-                codes, said = start(demo_folder, out, {point: (n, signal.SIGKILL)}).end()
-            assert codes in ([0], [-signal.SIGKILL]), said
-            kills += codes == [-signal.SIGKILL]
-            if codes == [0]:
-                break
-        codes, said = start(demo_folder, out).end()
-        assert codes == [0], said
-        assert left(out) == whole[1], said
-        assert not list(out.glob(".*.[0-9]*")), "nothing half written is left"
-        print(f"{kills} kills in {runs} runs", flush=True)
+@pytest.mark.parametrize("kills", [
+    [("train.save_file", 1, [])],                                              # in the first checkpoint
+    [("train.schedule", 7, [4, 5]), ("train.save_file", 2, [5, 10]),           # in a step, and in a checkpoint
+     ("train.topic_cloze", 1, [5, 10]), ("train.topic_cloze", 3, [15, 17])],   # in a validation, and in the final table
+    [("runtime.checkpoint.prune", 5, [10, 15, 17])]])                          # before an old one is removed
+def test_killed_and_resumed(whole, demo_folder, tmp_path, kills):
+    out = tmp_path / "out"
+    for point, n, steps in kills:
+        codes, output = go(demo_folder, out, {point: (n, signal.SIGKILL)})
+        assert codes == [-signal.SIGKILL] and steps_of(out) == steps, output
+    codes, output = go(demo_folder, out)
+    assert codes == [0] and left(out) == whole[1], output
+    assert steps_of(out) == [15, 17] and not half_written(out)
 
 
-def test_killed_on_two_processes_goes_on_on_one_and_on_four(whole, demo_folder, tmp_path):
-    def ids(path):
-        return set(path.read_text().splitlines())
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SMOLTOLK_SEEDS", 3))))
+def test_killed_at_random(whole, demo_folder, tmp_path, seed):
+    """Three times at any moment, or at the n-th call of some function."""
+    out, draw = tmp_path / "out", random.Random(seed)
+    for _ in range(3):
+        point = draw.choice(list(POINTS))
+        faults = {point: (draw.randint(1, POINTS[point]), signal.SIGKILL)}
+        kill_after = draw.random() * whole[2] if draw.random() < 0.4 else None
+        codes, output = go(demo_folder, out, faults, 1, kill_after)
+        assert codes in ([0], [-signal.SIGKILL]), output
+    codes, output = go(demo_folder, out)
+    assert codes == [0] and left(out) == whole[1] and steps_of(out) == [15, 17], output
 
-    codes, said = start(demo_folder, tmp_path / "all", ids=str(tmp_path / "all.ids")).end()
-    assert codes == [0], said
-    first = start(demo_folder, tmp_path / "two", {"train.write_state": (3, signal.SIGKILL)}, 2,
-                  str(tmp_path / "two.ids"), micro_batch=4)
-    assert first.end()[0] == [-signal.SIGKILL, 1]
-    assert [f.name for f in checkpoint.checkpoints(tmp_path / "two")] == ["checkpoint-00000004", "checkpoint-00000005"]
-    for n in (1, 4):
-        out = tmp_path / f"on{n}"
-        shutil.copytree(tmp_path / "two", out)
-        codes, said = start(demo_folder, out, None, n, str(tmp_path / f"{n}.ids")).end()
-        assert codes == [0] * n, said
-        assert ids(tmp_path / "two.ids") | ids(tmp_path / f"{n}.ids") == ids(tmp_path / "all.ids")
-        lines = [x for x in log.read_log(out) if "changed" not in x]
-        assert [x["changed"]["processes"] for x in log.read_log(out) if "changed" in x] == [[2, n]]
-        assert [(x["step"], x["stage"]) for x in lines] == [(x["step"], x["stage"]) for x in whole[1]["log"]]
-        for ours, theirs in zip(lines, whole[1]["log"]):
-            for key in ("text_nll", "speech_nll", "entropy", "grad_norm", "nll", "tokens"):
-                assert log.flat({key: ours.get(key)}) == pytest.approx(log.flat({key: theirs.get(key)}), rel=1e-4), key
+
+@pytest.mark.parametrize("before, after", [(0, 2), (1, 2), (2, 1)])
+def test_on_another_number_of_processes(whole, demo_folder, tmp_path, before, after):
+    """From the beginning, or from the middle of a run. Two processes accumulate micro-batches of uneven sizes."""
+    out = tmp_path / "out"
+    if before:
+        codes, output = go(demo_folder, out, {"train.schedule": (13, signal.SIGKILL)}, before)
+        assert codes == [-signal.SIGKILL] * before and steps_of(out)[-1] == 10, output
+    codes, output = go(demo_folder, out, None, after, micro_batch=4)
+    assert codes == [0] * after, output
+    ours = left(out)
+    for key, tolerance in (("steps", 2e-5), ("held out", 1e-4)):
+        for line, expected in zip(ours[key], whole[1][key], strict=True):
+            assert line.pop("flops", 0) == pytest.approx(expected.get("flops", 0), rel=0.01)  # of one process, times n
+            assert flat(line) == pytest.approx({k: v for k, v in flat(expected).items() if k != "flops"}, rel=tolerance)
+    expected = weights(whole[0] / "checkpoint-00000017")
+    for name, value in weights(out / "checkpoint-00000017").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_a_process_that_dies_ends_all(demo_folder, tmp_path):
+    codes, output = go(demo_folder, tmp_path / "out", [{}, {"train.schedule": (7, signal.SIGKILL)}], 2)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL), output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # stopped
 
 @pytest.mark.parametrize("point, n, step, number", [
-    ("train.make_optimizer", 1, 0, signal.SIGTERM),      # before the first step
-    ("train.train_step", 7, 7, signal.SIGUSR1),          # amid a stage, between two lines of the log
-    ("evaluate.heldout_nll", 2, 5, signal.SIGINT),       # in a validation
-    ("evaluate.topic_cloze", 6, 17, signal.SIGTERM)])    # in the final table
+    ("train.make_optimizer", 1, 1, signal.SIGTERM),  # before the first step
+    ("train.schedule", 7, 7, signal.SIGUSR1),        # amid a stage
+    ("train.heldout_nll", 2, 5, signal.SIGINT),      # in a validation
+    ("train.topic_cloze", 6, 17, signal.SIGTERM)])   # in the final table
 def test_a_signal_stops_with_a_checkpoint(whole, demo_folder, tmp_path, point, n, step, number):
     out = tmp_path / "out"
-    codes, said = start(demo_folder, out, {point: (n, number)}).end()
-    assert codes == [0] and f"{number.name}: stopped after step {step}; go on with\n  python " in said, said
-    assert "--hidden_size=32" in said and said.split()[-1] == "--resume=true"
-    assert checkpoint.checkpoints(out)[-1].name == f"checkpoint-{step:08d}" and not (out / "results.json").exists()
-    again = start(demo_folder, out, {"train.make_optimizer": (1, number)}).end()  # and at once when it goes on
-    assert again[0] == [0] and f"stopped after step {step};" in again[1] or step == 17
-    codes, said = start(demo_folder, out).end()
-    assert codes == [0], said
-    ours = left(out)
-    assert ours.pop("places")[-1] == whole[1]["places"][-1]  # the one before it may be of the step where it stopped
-    assert {key: ours[key] for key in whole[1] if key in ours} == {k: x for k, x in whole[1].items() if k in ours}
-    assert {"log", "results", "checkpoint-00000017/model.safetensors"} <= ours.keys()
+    codes, output = go(demo_folder, out, {point: (n, number)})
+    assert codes == [0] and f"{number.name}: stopped after step {step}; go on with\n" in output, output
+    assert steps_of(out)[-1] == step and not (out / "results.json").exists()
+    command = output.split("go on with\n")[1]
+    python, script, *argv = shlex.split(command)
+    assert [python, script, argv[-1]] == ["python", str(ROOT / "train.py"), "--resume=true"]
+    if step == 7:  # and at once when it goes on
+        codes, output = start(argv, out, {"train.make_optimizer": (1, number)})
+        assert codes == [0] and "stopped after step 8; go on" in output and output.endswith(command), output
+    codes, output = start(argv, out)
+    assert codes == [0], output
+    ours, expected = left(out), dict(whole[1])
+    assert len(ours.pop("held out")) == len(expected.pop("held out")) - (step == 5)  # which it did not repeat
+    assert ours == expected
 
 
-def test_one_process_hears_a_signal_and_all_stop(demo_folder, tmp_path):
-    for hits, steps in (({"train.train_step": (7, signal.SIGTERM)}, (7, 8)),
-                        ({"evaluate.heldout_nll": (1, signal.SIGTERM)}, (4, 4))):
-        out = tmp_path / str(steps[0])
-        codes, said = start(demo_folder, out, [{}, hits], 2).end()
-        assert codes == [0, 0] and said.count("go on with") == 1, said
-        assert steps[0] <= int(checkpoint.checkpoints(out)[-1].name[11:]) <= steps[1]
+@pytest.mark.parametrize("point, n, steps", [("train.schedule", 7, (7, 8)), ("train.topic_cloze", 6, (17,))])
+def test_a_signal_to_one_process_stops_both(demo_folder, tmp_path, point, n, steps):
+    out = tmp_path / "out"
+    codes, output = go(demo_folder, out, [{}, {point: (n, signal.SIGTERM)}], 2)
+    assert codes == [0, 0] and output.count("go on with") == 1, output
+    assert steps_of(out)[-1] in steps and not (out / "results.json").exists()
+
+
+@pytest.mark.parametrize("nodes, number", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_signals_through_torchrun(demo_folder, tmp_path, nodes, number):
+    """One node that shuts down sends SIGTERM to all that it runs. Of two nodes one loses a process, so that torchrun
+    starts all again; then it gets SIGUSR1, as Slurm sends it: the launcher alone.
+    """
+    out, output, deadline = tmp_path / "out", tmp_path / "output", time.monotonic() + 100
+    stages = dict(s=dict(steps=99999, mixture=dict(text=1), train="all", learning_rate=1e-3))
+    argv = arguments(demo_folder, out, stages=stages, cloze="", eval_interval=99999, keep_checkpoints=2)
+    options = [f"--nnodes={nodes}", f"--nproc_per_node={2 // nodes}", "--max-restarts=1", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
+    with open(output, "w") as file:
+        launchers = [subprocess.Popen([sys.executable, LAUNCHER, *options, ROOT / "train.py", *argv], stdout=file,
+                                      stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS="1"))
+                     for _ in range(nodes)]
+
+    def wait_until(condition):
+        while not condition():
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.02)
+    try:
+        wait_until(lambda: checkpoints(out))
+        if nodes == 2:
+            os.kill(children_of(launchers[1])[0], signal.SIGKILL)
+            wait_until(lambda: output.read_text().count("text + ") == 2)  # the first process has begun again
+            before = steps_of(out)[-1]
+            wait_until(lambda: steps_of(out)[-1] > before)
+        children = [pid for launcher in launchers for pid in children_of(launcher)]
+        for pid in [launchers[0].pid] if nodes == 2 else [launchers[0].pid, *children]:
+            os.kill(pid, number)
+        codes = [launcher.wait(60) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()  # which ends its processes too
+    output, last = output.read_text(), checkpoints(out)[-1]
+    assert codes == [0] * nodes, output[-3000:]
+    assert f"{number.name}: stopped after step {int(last.name[11:])}; go on with\n" in output and not fault(last)
+    more = " --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" if nodes == 2 else ""
+    assert f"\n  python {LAUNCHER} --nproc_per_node={2 // nodes}{more} {ROOT}/train.py --out_dir=" in output
+    assert len(children) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in children)  # none of them trains on
+
+
+def children_of(process):
+    return [int(pid) for listed in Path(f"/proc/{process.pid}/task").glob("*/children")
+            for pid in listed.read_text().split()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files that are not as they should be
+# what a run goes on from
 
 def cut(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("name, harm, message", [
-    ("optimizer.safetensors", cut, "optimizer.safetensors has .* bytes, not"),
-    ("speech.safetensors", flip, "speech.safetensors is not as it was written"),
-    ("train.json", Path.unlink, "train.json: No such file"),
-    ("files.json", flip, "it is not used"),
-    ("files.json", Path.unlink, "files.json: No such file")])
-def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, capsys, name, harm, message):
+@pytest.mark.parametrize("name, harm", [
+    ("model.safetensors", cut), ("speech.safetensors", cut), ("optimizer.safetensors", cut), ("train.json", cut),
+    ("config.json", cut), ("optimizer.safetensors", Path.unlink), ("train.json", Path.unlink)])
+def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, capsys, name, harm):
     out = shutil.copytree(whole[0], tmp_path / "out")
     harm(out / "checkpoint-00000017" / name)
-    folder, bad = checkpoint.newest(out)
+    folder, bad = newest(out)
     assert folder.name == "checkpoint-00000015" and [b.name for b in bad] == ["checkpoint-00000017"]
-    assert re.search(message, capsys.readouterr().err)
+    assert re.match(rf"{out}/checkpoint-00000017: cannot be opened \(.+\); the checkpoint", capsys.readouterr().err)
 
 
 def test_going_on_from_the_checkpoint_before_a_bad_one(whole, demo_folder, tmp_path):
-    out = copy_until(whole[0], tmp_path / "out", 17)
-    flip(out / "checkpoint-00000017" / "model.safetensors")
-    codes, said = start(demo_folder, out).end()
-    assert codes == [0] and "model.safetensors is not as it was written; it is not used" in said, said
+    out = copy_until(whole, tmp_path / "out", 17)
+    cut(out / "checkpoint-00000017" / "model.safetensors")
+    codes, output = go(demo_folder, out)
+    assert codes == [0] and "checkpoint-00000017: cannot be opened" in output, output
     assert left(out) == whole[1] and (out / "bad-checkpoint-00000017").is_dir()
-    for folder in checkpoint.checkpoints(out):
+    for folder in checkpoints(out):
         cut(folder / "config.json")
-    codes, said = start(demo_folder, out).end()
-    assert codes == [1] and "no checkpoint is whole" in said
+    with pytest.raises(SystemExit, match="out: no checkpoint can be opened; set another --out_dir"):
+        train.main(arguments(demo_folder, out, resume=True))
+
+
+def test_a_run_is_never_overwritten(whole, demo_folder, tmp_path):
+    before = left(whole[0])
+    codes, output = go(demo_folder, whole[0], None, 2, resume=False)
+    assert codes == [1, 1] and output.count("whole: holds a run already; go on with --resume=true") == 1, output
+    assert left(whole[0]) == before
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds the results of a run without its checkpoints; set another"):
+        train.main(arguments(demo_folder, tmp_path))
+
+
+def test_a_run_goes_on_only_as_it_began(whole, demo_folder, tmp_path):
+    """Data may lie elsewhere and held-out data may change; the model and what it is trained on may not."""
+    before = left(whole[0])
+    other = dict(text=[str(demo_folder / "paired")])
+    for settings, message in ((dict(num_hidden_layers=1, seed=2), "num_hidden_layers=2, not 1; seed=1, not 2"),
+                              (other, r"text\[0\]=\['\w+', 1.0, '.*text'\], not \['\w+', 1.0, '.*paired'\]")):
+        with pytest.raises(SystemExit, match=f"whole: was trained with {message}.*; resume with the same"):
+            train.main(arguments(demo_folder, whole[0], resume=True, **settings))
+    assert left(whole[0]) == before
+
+    moved = shutil.copytree(demo_folder, tmp_path / "moved")
+    out = copy_until(whole, tmp_path / "out", 15)
+    codes, output = go(moved, out, eval_sequences=7, val_text=[str(moved / "text")])
+    assert codes == [0] and re.search("   changed  .*eval_sequences: 6 -> 7", output), output
+    [changed] = [line["changed"] for line in read_log(out) if "changed" in line]
+    assert changed["eval_sequences"] == [6, 7] and changed["val_text[0]"][1][2] == str(moved / "text")
+    assert changed["text"] == [[f"{demo_folder}/text"], [f"{moved}/text"]] and "text[0]" not in changed
+    ours = left(out)
+    assert ours["model.safetensors"] == whole[1]["model.safetensors"] and ours["steps"] == whole[1]["steps"]
 
 
 def test_a_full_disk(whole, demo_folder, tmp_path):
-    """Once: training goes on, and the next checkpoint comes. At the end: the exit code says so."""
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    codes, said = start(demo_folder, tmp_path / "once", {"train.save_file": (3, full)}).end()
-    assert codes == [0] and "checkpoint-00000010: could not be written ([Errno 28] No space left on device)" in said
-    assert left(tmp_path / "once") == whole[1]
-    codes, said = start(demo_folder, tmp_path / "end", {"checkpoint.prune": (6, full)}).end()
-    assert codes == [1] and "checkpoint-00000017: could not be written" in said.splitlines()[-1]
+    """Training goes on, and the next checkpoint is written. The exit code tells only of the last one."""
+    out = tmp_path / "once"
+    codes, output = go(demo_folder, out, {"train.save_file": (3, FULL)})
+    assert codes == [0] and "checkpoint-00000010: could not be written ([Errno 28] No space left on device)" in output
+    assert left(out) == whole[1] and steps_of(out) == [15, 17] and not half_written(out)
+    out = tmp_path / "end"
+    codes, output = go(demo_folder, out, {"train.save_file": (5, SafetensorError("I/O error"))})
+    assert codes == [1] and "checkpoint-00000017: could not be written (I/O error)" in output.splitlines()[-1]
+    assert steps_of(out) == [10, 15] and not half_written(out)
+    assert json.loads((out / "results.json").read_text())["steps"] == 17  # the results are written all the same
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path):
-    with pytest.raises(SystemExit, match="^/proc/x: cannot be written to .*; set another --out_dir$"):
-        checkpoint.lock("/proc/x")
-    (tmp_path / "settings.json").mkdir()
-    with pytest.raises(SystemExit, match="settings.json: cannot be written .Is a directory.; make room there$"):
-        checkpoint.replace_file(tmp_path / "settings.json", "{}")
-
-
-def test_going_on_with_other_data(whole, demo_folder, tmp_path):
-    """The same sets elsewhere are the same; another set in the same place is not."""
-    def edit(path, change):
-        array = np.load(path)
-        change(array)
-        np.save(path, array)
-
-    moved = tmp_path / "moved"
-    shutil.copytree(demo_folder, moved)
-    out = copy_until(whole[0], tmp_path / "out", 15)
-    codes, said = start(moved, out, eval_cloze_items=50).end()
-    assert codes == [0], said
-    changed = [x["changed"] for x in log.read_log(out) if "changed" in x]
-    assert len(changed) == 1 and changed[0]["eval_cloze_items"] == [2, 50] and "text" in changed[0]
-    assert left(out)["checkpoint-00000017/model.safetensors"] == whole[1]["checkpoint-00000017/model.safetensors"]
-
-    out = copy_until(whole[0], tmp_path / "other", 15)
-    before = sorted(p.name for p in out.iterdir())
-    edit(moved / "text" / "text.npy", lambda array: array.__setitem__(7, array[7] ^ 1))
-    codes, said = start(moved, out).end()
-    assert codes == [1] and "text[0]=" in said and "resume with the same, or set another --out_dir" in said
-    codes, said = start(demo_folder, out, num_hidden_layers=1, seed=2).end()
-    assert codes == [1] and "trained with num_hidden_layers=2, not 1; seed=1, not 2; resume with" in said
-    assert sorted(p.name for p in out.iterdir()) == before
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# numbers
-
-def test_spikes_are_found():
-    draw = np.random.default_rng(0)
-    lines = [dict(stage="a", step=i, tokens=i, text_nll=3 - i / 100 + 0.05 * draw.normal(), speech_nll=None,
-                  grad_norm=1 + 0.1 * draw.normal()) for i in range(100)]
-    assert not any(log.spikes(line, lines[:i]) for i, line in enumerate(lines))
-    assert log.spikes(lines[99] | dict(grad_norm=3.0), lines[:99]).keys() == {"grad_norm"}
-    assert log.spikes(lines[99] | dict(text_nll=4.0), lines[:99]).keys() == {"text_nll"}
-    assert not log.spikes(lines[99] | dict(text_nll=4.0, stage="b"), lines[:99])  # another stage, another level
-    assert not log.spikes(lines[99] | dict(text_nll=1.0), lines[:99])  # better is no spike
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# several processes
-
-def test_a_process_that_dies_ends_all(demo_folder, tmp_path):
-    began = time.monotonic()
-    codes, said = start(demo_folder, tmp_path / "out", [{}, {"train.train_step": (7, signal.SIGKILL)}], 2).end(60)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None) and time.monotonic() - began < 60
-    codes, said = start(demo_folder, tmp_path / "err", [{}, {"train.train_step": (7, OSError("here"))}], 2).end(60)
-    assert codes == [1, 1] and "OSError: here" in said
-
-
-@pytest.mark.parametrize("number, all_of_them", [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
-def test_a_signal_to_the_launcher(demo_folder, tmp_path, number, all_of_them):
-    """To it alone, as Slurm does; or to its process group and all that it has started, as a machine that shuts down."""
-    out, port = tmp_path / "out", free_port()
-    stages = dict(s=dict(steps=9999, mixture=dict(text=1), train="all", learning_rate=1e-3))
-    start = [ROOT / "launch.py", "--nproc_per_node=2", f"--master_port={port}", ROOT / "train.py"]
-    argv = arguments(demo_folder, out, stages=stages, cloze="", eval_interval=9999, checkpoint_interval=9999)
-    deadline, children = time.monotonic() + 100, []
-    with open(tmp_path / "said", "w+") as said:
-        process = subprocess.Popen([sys.executable, *start, *argv], stdout=said, stderr=subprocess.STDOUT,
-                                   start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        try:
-            while (not (out / "log.jsonl").exists() or len(log.read_log(out)) < 3) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            [listed] = Path(f"/proc/{process.pid}/task").glob(f"{process.pid}/children")
-            children = [int(pid) for pid in listed.read_text().split()]
-            os.killpg(process.pid, number) if all_of_them else os.kill(process.pid, number)
-            for pid in children if all_of_them else ():
-                os.kill(pid, number)
-            code = process.wait(60)
-        finally:
-            for pid in [process.pid, *children] if process.poll() is None else ():
-                os.kill(pid, signal.SIGKILL)
-        said.seek(0)
-        said = said.read()
-    last = checkpoint.checkpoints(out)[-1]
-    assert code == 0 and f"{number.name}: stopped after step {int(last.name[11:])}; go on with\n" in said, said
-    assert said.split("\n  ")[-1].startswith(f"python {ROOT}/launch.py --nproc_per_node=2 {ROOT}/train.py --out_dir=")
-    assert len(children) == 2 and not checkpoint.fault(last)
-    checkpoint.lock(out).close()  # none of them trains on
-
-
-def test_two_nodes_and_a_restart_by_torchrun(demo_folder, tmp_path):
-    """Two torchruns; the process that holds the lock is killed; they start all again, which goes on by itself."""
-    out, port = tmp_path / "out", free_port()
-    stages = dict(s=dict(steps=60, mixture=dict(text=1, speech=1), train="all", learning_rate=1e-3))
-    argv = arguments(demo_folder, out, stages=stages, eval_interval=1000, log_interval=60)
-    command = [sys.executable, str(ROOT / "launch.py"), "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
-               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=x",
-               "--rdzv_conf=join_timeout=60", "--local_addr=127.0.0.1",
-               str(ROOT / "train.py"), *argv]
-    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-             for _ in range(2)]  # without the latter torchrun's nodes may meet in two different stores after a restart
-    try:
-        deadline = time.monotonic() + 60
-        while len(checkpoint.checkpoints(out)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(int((out / ".lock").read_text().split()[0]), signal.SIGKILL)
-        said = "".join(node.communicate(timeout=100)[0] for node in nodes)
-    finally:
-        for node in nodes:
-            node.terminate()  # which ends its workers too
-    assert [node.returncode for node in nodes] == [0, 0], said[-3000:]
-    assert (out / "results.json").exists() and checkpoint.checkpoints(out)[-1].name == "checkpoint-00000060"
-    assert said.count("text + ") == 2, "it began twice"
+@pytest.mark.parametrize("processes, what", [(1, "loss"), (1, "gradient"), (2, "loss")])
+def test_a_step_that_is_not_finite_ends_the_run(whole, demo_folder, tmp_path, processes, what):
+    out = copy_until(whole, tmp_path / "out", 15)
+    kinds = kinds_of(dict(text=1, speech=1, interleaved=1), np.arange(84))
+    sequence = next(i for i in range(78, 84) if kinds[i] == "interleaved")  # of step 17; with two processes of rank 1
+    name = re.escape(f"sequence {sequence} (interleaved, {demo_folder}/paired)")
+    found = f"the loss of {name}" if what == "loss" else f"the gradient of one of .*{name}.*"
+    for n in (2, 1):  # the second time it goes on from the checkpoint of step 16, and comes to the same step
+        faults = {"nan": (sequence, what), "torch.optim.AdamW.step": (n, RuntimeError("a weight was changed"))}
+        codes, output = go(demo_folder, out, faults, processes, checkpoint_interval=16)
+        assert codes == [1] * processes and "a weight was changed" not in output, output
+        assert re.search(f"step 17, rank {processes - 1}: .*{found} is not finite\n", output), output
+        assert "step 17: the loss or its gradient is not finite" in output and output.count("step 17, rank") == 1
+        assert steps_of(out)[-1] == 16 and not (out / "results.json").exists()
+    codes, output = go(demo_folder, out)
+    assert codes == [0] and (processes > 1 or left(out) == whole[1]), output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the parts
 
+def test_spikes_are_found():
+    draw = np.random.default_rng(0)
+    lines = [dict(stage="a", step=i, tokens=i, text_nll=3 - i / 100 + 0.05 * draw.normal(), speech_nll=None,
+                  grad_norm=1 + 0.1 * draw.normal()) for i in range(100)]
+    assert not any(spikes(line, lines[:i]) for i, line in enumerate(lines))
+    assert spikes(lines[99] | dict(grad_norm=3.0), lines[:99]).keys() == {"grad_norm"}
+    assert spikes(lines[99] | dict(text_nll=4.0), lines[:99]).keys() == {"text_nll"}
+    assert not spikes(lines[99] | dict(text_nll=4.0, stage="b"), lines[:99])  # another stage, another level
+    assert not spikes(lines[99] | dict(text_nll=1.0), lines[:99])  # better is no spike
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path):
-    with checkpoint.whole_folder(tmp_path / "a" / "b") as folder:
+    out = tmp_path / "a" / "b"
+    with whole_folder(out) as folder:
         (folder / "x").write_text("x")
-        assert not (tmp_path / "a" / "b").exists()
-    assert checkpoint.fault(tmp_path / "a" / "b") == "" and [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
-    (tmp_path / "a" / "b" / "more").write_text("of no account")
-    assert checkpoint.fault(tmp_path / "a" / "b") == ""
-    with pytest.raises(ZeroDivisionError), checkpoint.whole_folder(tmp_path / "c") as folder:
+        assert not out.exists()
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "c") as folder:
         (folder / "x").write_text("x")
         raise ZeroDivisionError
-    with pytest.raises(OSError), checkpoint.whole_folder(tmp_path / "a" / "b") as folder:
+    with pytest.raises(OSError), whole_folder(out) as folder:
         (folder / "y").write_text("y")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "files.json", "more", "x"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "x"]
+
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    replace_file(tmp_path / "x", "old")
+    monkeypatch.setattr("runtime.files.to_disk", interrupted(print, 1, FULL))
+    with pytest.raises(SystemExit, match="x: cannot be written .No space left on device.; make room there$"):
+        replace_file(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old"
 
 
 def test_which_checkpoints_stay(tmp_path):
     for step in range(5, 101, 5):
         (tmp_path / f"checkpoint-{step:08d}").mkdir()
-        checkpoint.prune(tmp_path, 2, 30)
-    assert [int(f.name[11:]) for f in checkpoint.checkpoints(tmp_path)] == [30, 60, 90, 95, 100]
+        prune(tmp_path, 2, 30)
+    assert steps_of(tmp_path) == [30, 60, 90, 95, 100] and not half_written(tmp_path)
 
 
+def test_the_log_goes_on_after_the_checkpoint(tmp_path, capsys):
+    settings = SimpleNamespace(out_dir=tmp_path, stages=dict(s=dict(steps=9)), wandb_project="", tensorboard=False)
+    lines, path = [dict(step=step, stage="s") for step in range(1, 5)], tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "sta')  # torn by a crash
+    assert read_log(tmp_path) == lines
+    log = Log(settings, ALONE, dict(total=2))
+    log.write(dict(step=3), "")
+    assert read_log(tmp_path) == [*lines[:2], dict(step=3)]
+    path.unlink()
+    path.mkdir()  # so that it cannot be written to
+    log.write(dict(step=4), "")
+    assert "log.jsonl: [Errno 21] Is a directory" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""evaluate.py, benchmarks.py, report.py: each task on a fixture whose answer is known by construction."""
+"""evaluate.py and benchmarks/: scoring against plain forward passes, each task on data whose result is known."""
 import csv
 import json
 import lzma
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
-import benchmarks
 import data
 import evaluate
-import report
 import speech
-from model import Config, SmolTolk, save_pretrained
+from benchmarks import hear, librispeech, report, sblimp, storycloze
+from model import Config, SmolTolk, from_pretrained, save_pretrained
+from runtime import datasets
+from runtime.distributed import ALONE
+from runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 V, UNITS = 50, 10  # text ids 0..49, units 50..59, speech EOS 60, switch 61
@@ -47,60 +50,95 @@ MODELS = {"smoltolk": tiny_model(), "baseline": tiny_model(**BASELINE)}
 # scoring
 
 @torch.no_grad()
-def by_hand(model, sequence, span):
-    """ln p of each token of a span, from the logits of a plain forward pass of this sequence alone."""
-    out = model(torch.tensor([sequence]), logits=slice(None))
-    text, speech = out.text_logits[0].log_softmax(-1), out.speech_logits[0].log_softmax(-1)
-    return [0.0 if sequence[t] == 61 else float(text[t - 1, sequence[t]] if sequence[t] < V else
-                                                speech[t - 1, sequence[t] - V]) for t in range(*span)]
+def by_hand(model, sequence, span=None):
+    """ln p of the tokens of a span, from the logits of a plain forward pass of this sequence; without switch tokens."""
+    first, end = span or (1, len(sequence))
+    out = model(torch.tensor([sequence[:end - 1]]))
+    text = model.text_logits(out.text[0]).log_softmax(-1)
+    units = model.speech_logits(out.speech[0]).log_softmax(-1)
+    values, vocab_size = [], model.config.vocab_size
+    for t in range(first, end):
+        if sequence[t] < vocab_size:
+            values.append(float(text[t - 1, sequence[t]]))
+        elif sequence[t] != model.config.switch:
+            values.append(float(units[t - 1, sequence[t] - vocab_size]))
+    return values
+
+
+def assert_scored_as_alone(model, sequences, spans, **options):
+    total, count = evaluate.log_likelihood(model, sequences, spans, **options)
+    expected = [by_hand(model, sequence, span) for sequence, span in zip(sequences, spans)]
+    np.testing.assert_allclose(total, [sum(values) for values in expected], atol=1e-4)
+    assert count.tolist() == [len(values) for values in expected]
 
 
 @st.composite
-def shared_beginnings(draw):
-    """Sequences that grow out of one another, so that they share beginnings of all lengths, and their spans."""
+def items(draw):
+    """(sequences, spans, number of candidates): candidates grow out of one another, so beginnings are shared."""
+    sequences, spans, n_candidates = [], [], draw(st.integers(1, 4))
+    for _ in range(draw(st.integers(1, 4))):
+        candidates = []
+        for _ in range(n_candidates):
+            trunk = draw(st.sampled_from(candidates)) if candidates else []
+            trunk = trunk[:draw(st.integers(0, len(trunk)))]
+            least = max(0, 2 - len(trunk))
+            tail = draw(st.lists(st.sampled_from([0, 3, 49, 50, 57, 60, 61]), min_size=least, max_size=12))
+            candidates.append([*trunk, *tail])
+            first = draw(st.integers(1, len(candidates[-1]) - 1))
+            spans.append((first, draw(st.integers(first + 1, len(candidates[-1])))))
+        sequences += candidates
+    return sequences, spans, n_candidates
+
+
+@settings(max_examples=60, deadline=None)
+@given(items(), st.sampled_from([20, 1000]), st.sampled_from([*MODELS]))
+def test_candidates_side_by_side_score_as_alone(drawn, batch_tokens, name):
+    sequences, spans, candidates = drawn
+    assert_scored_as_alone(MODELS[name], sequences, spans, batch_tokens=batch_tokens, candidates=candidates)
+
+
+def test_scores_alone_and_in_a_batch():
+    rng, model = np.random.default_rng(0), MODELS["smoltolk"]
     sequences, spans = [], []
-    for _ in range(draw(st.integers(1, 12))):
-        trunk = draw(st.sampled_from(sequences))[:draw(st.integers(0, 12))] if sequences else []
-        tail = draw(st.lists(st.sampled_from([0, 3, 49, 50, 57, 60, 61]), min_size=2, max_size=12))
-        sequences.append([*trunk, *tail])
-        a = draw(st.integers(1, len(sequences[-1]) - 1))
-        spans.append((a, draw(st.integers(a + 1, len(sequences[-1])))))
-    return sequences, spans
+    for _ in range(40):
+        n = int(rng.integers(3, 60))
+        sequences.append(rng.choice([0, 7, 20, 49, 50, 55, 60, 61], n).tolist())
+        first = int(rng.integers(1, n))
+        spans.append((first, int(rng.integers(first + 1, n + 1))))
+    assert_scored_as_alone(model, sequences, spans, batch_tokens=300)
+    together, _ = evaluate.log_likelihood(model, sequences, spans, batch_tokens=300)
+    alone = [evaluate.log_likelihood(model, [sequence], [span])[0][0] for sequence, span in zip(sequences, spans)]
+    np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
-@given(shared_beginnings(), st.sampled_from([1, 7, 30, 1000]), st.sampled_from([20, 1000]), st.sampled_from([*MODELS]))
-def test_packed_scores_are_those_of_a_sequence_alone(drawn, row_tokens, batch_tokens, name):
-    (sequences, spans), before = drawn, evaluate.ROW_TOKENS
-    evaluate.ROW_TOKENS = row_tokens
-    try:
-        got = evaluate.token_log_likelihoods(MODELS[name], sequences, spans, batch_tokens)
-        total, count = evaluate.log_likelihood(MODELS[name], sequences, spans, batch_tokens)
-    finally:
-        evaluate.ROW_TOKENS = before
-    expected = [by_hand(MODELS[name], sequence, span) for sequence, span in zip(sequences, spans)]
-    np.testing.assert_allclose(got, np.concatenate(expected), atol=1e-5)
-    np.testing.assert_allclose(total, [sum(x) for x in expected], atol=1e-4)
-    assert count.tolist() == [sum(t != 61 for t in s[a:b]) for s, (a, b) in zip(sequences, spans)]
+def test_a_row_holds_the_common_beginning_once():
+    row = evaluate.make_row([[7, 8, 9, 1, 2], [7, 8, 9, 3, 5], [7, 8, 9, 1, 2]], [(2, 5), (4, 5), (2, 5)], [10, 11, 12])
+    assert row.ids == [7, 8, 9, 1, 9, 3] and row.branch == [0, 0, 1, 1, 2, 2]
+    assert row.targets == [-1, 9, 1, 2, -1, 5]  # -1: no candidate is scored there
+    assert row.scored == [(10, [1, 2, 3]), (11, [5]), (12, [1, 2, 3])]
 
 
-@settings(max_examples=50, deadline=None)
-@given(shared_beginnings())
-def test_every_beginning_is_computed_once(drawn):
-    sequences, spans = drawn
-    [row] = evaluate.pack(sequences, spans, range(len(sequences)), 10_000)
-    beginnings = {tuple(s[:t]) for s, (_, b) in zip(sequences, spans) for t in range(1, b)}
-    assert len(row.ids) == len(beginnings)
-    assert sum(t >= 0 for t in row.targets) == len({tuple(s[:t + 1]) for s, (a, b) in zip(sequences, spans)
-                                                    for t in range(a, b)})
-
-
-def test_equal_sequences_tie_to_the_last_bit(monkeypatch):
-    monkeypatch.setattr(evaluate, "ROW_TOKENS", 8)
+def test_equal_candidates_score_exactly_equal():
     rng = np.random.default_rng(0)
-    some = [rng.integers(0, 60, n).tolist() for n in (9, 5, 12, 9, 20, 7)]
-    total, _ = evaluate.log_likelihood(MODELS["smoltolk"], [*some, *some], [(1, len(s)) for s in some] * 2, 40)
-    assert (total[:6] == total[6:]).all()
+    sequences = []
+    for n in (9, 5, 12, 9, 20, 7):
+        context, ending, other = ([int(i) for i in rng.integers(0, 60, n)] for _ in range(3))
+        sequences += [context + ending, context + other, context + ending, context + ending]
+    spans = [(len(s) // 2, len(s)) for s in sequences]
+    total, _ = evaluate.log_likelihood(MODELS["smoltolk"], sequences, spans, 100, candidates=4)
+    a, b, c, d = total.reshape(-1, 4).T
+    assert (a == c).all() and (a == d).all() and (a != b).all()
+
+
+def test_a_row_may_be_longer_than_the_context():
+    """Candidates that fill the context, beside shorter ones in one batch, whose rows are padded."""
+    rng = np.random.default_rng(0)
+    long = [[*[1] * 40, *rng.integers(0, 60, 25).tolist()] for _ in range(4)]
+    short = [[*[2] * 45, *rng.integers(0, 60, 3).tolist()] for _ in range(4)]
+    spans = [(40, len(s)) for s in long + short]
+    rows = [evaluate.make_row(group, spans[:4], range(4)) for group in (long, short)]
+    assert len(rows[0].ids) > len(rows[1].ids) + 64 - 45
+    assert_scored_as_alone(MODELS["smoltolk"], long + short, spans, candidates=4)
 
 
 @pytest.mark.parametrize("sequence, span, fault", [
@@ -113,31 +151,29 @@ def test_unusable_spans(sequence, span, fault):
 
 def test_token_scores_are_those_of_transformers(smollm2_folder):
     transformers = pytest.importorskip("transformers")
-    from model import from_pretrained
-
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
-    tokenizer = data.Tokenizer(smollm2_folder / "tokenizer.json")
-    texts = ["Who should Derek hug after shocking Richard?", "Who should Derek hug Richard after shocking?",
+    tokenizer = Tokenizer(smollm2_folder / "tokenizer.json")
+    texts = ["The following are questions about college physics.\nQuestion: What is 12 times 12?\nAnswer: 1443",
              "The following are questions about college physics.\nQuestion: What is 12 times 12?\nAnswer: 144",
-             "The following are questions about college physics.\nQuestion: What is 12 times 12?\nAnswer: 1443"]
+             "Who should Derek hug after shocking Richard?", "Who should Derek hug Richard after shocking?"]
     sequences = [[0, *tokenizer.encode(text)] for text in texts]
-    expected = []
-    with torch.no_grad():
-        for sequence in sequences:
-            logp = theirs(torch.tensor([sequence])).logits[0].log_softmax(-1)
-            expected += logp[range(len(sequence) - 1), sequence[1:]].tolist()
+    spans = [(1, len(sequence)) for sequence in sequences]
     ours = from_pretrained(smollm2_folder).eval()
-    got = evaluate.token_log_likelihoods(ours, sequences, [(1, len(s)) for s in sequences])
-    np.testing.assert_allclose(got, expected, atol=1e-4)
-    alone = [evaluate.log_likelihood(ours, [s], [(1, len(s))])[0][0] / (len(s) - 1) for s in sequences]
-    together = evaluate.log_likelihood(ours, sequences, [(1, len(s)) for s in sequences])[0]
-    np.testing.assert_allclose(together / [len(s) - 1 for s in sequences], alone, atol=1e-5)
+    rows = [evaluate.make_row([sequence], [span], [0]) for sequence, span in zip(sequences, spans)]
+    tokens = evaluate.score_batch(ours, rows)
+    total, _ = evaluate.log_likelihood(ours, sequences, spans, candidates=2)
+    for i, sequence in enumerate(sequences):
+        with torch.no_grad():
+            logp = theirs(torch.tensor([sequence])).logits[0].log_softmax(-1)
+        expected = logp[range(len(sequence) - 1), sequence[1:]].numpy()
+        np.testing.assert_allclose(tokens[i, :len(expected)], expected, atol=1e-4)
+        assert total[i] == pytest.approx(expected.sum(), rel=1e-5)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 400), st.integers(1, 64))
 def test_windows_score_every_token_once(n, limit):
-    windows = evaluate.windows(n, limit)
+    windows = librispeech.overlapping_windows(n, limit)
     assert [t for _, first, end in windows for t in range(first, end)] == list(range(1, n))
     for start, first, end in windows:
         assert 0 <= start < first < end and end - start - 1 <= limit
@@ -150,6 +186,18 @@ def test_windows_score_every_token_once(n, limit):
 def value(token):
     """ln p of a token under `Known`, whatever stands before it."""
     return -1.0 - token % 7 / 8
+
+
+def beginnings(ids, branch):
+    """All beginnings, as tuples, of the sequences that rows hold (see model.Layout)."""
+    found = set()
+    for row, branches in zip(ids.tolist(), branch.tolist()):
+        read = {0: ()}  # {branch: the tokens up to here}
+        for token, number in zip(row, branches):
+            if number >= 0:  # no padding
+                read[number] = (*read.get(number, read[0]), token)
+                found.add(read[number])
+    return found
 
 
 class Known:
@@ -170,14 +218,11 @@ class Known:
     def eval(self):
         return self
 
-    def __call__(self, ids, targets, text_rows, want, tree):
-        for row, parents in zip(ids.tolist(), tree.parent.tolist()):
-            ways = []
-            for i, token in enumerate(row):
-                ways.append((*(ways[parents[i]] if parents[i] < i else ()), token))
-            self.seen |= set(ways)
-        logp = torch.where((targets >= 0) & (targets != self.config.switch), -1.0 - targets % 7 / 8, 0.0)
-        return type("Output", (), {"logp": logp})
+    def __call__(self, ids, targets, layout):
+        self.seen |= beginnings(ids, layout.branch)
+        nll = 1 + targets.flatten() % 7 / 8
+        return SimpleNamespace(text_nll=nll[layout.text],
+                               speech_nll=None if layout.speech is None else nll[layout.speech])
 
 
 @pytest.fixture
@@ -189,10 +234,10 @@ def world(tmp_path, demo_folder, monkeypatch):
     shutil.copy(demo_folder / "units" / "units.json", folder)
     for stem in ("model", "speech"):
         (folder / f"{stem}.safetensors").touch()
-    tokenizer = data.Tokenizer(folder / "tokenizer.json")
+    tokenizer = Tokenizer(folder / "tokenizer.json")
     known = Known(Config(vocab_size=tokenizer.vocab_size, n_units=30))
 
-    def hear(e, files):
+    def hear_files(evaluator, files):
         return [[int(u) + known.config.vocab_size for u in Path(file).read_text().split()] for file in files]
 
     def run(task, *arguments):
@@ -203,9 +248,10 @@ def world(tmp_path, demo_folder, monkeypatch):
         names = results["made"][task]["items"]
         return results, {name: np.load(report.item_path(out, task, name)) for name in names}
 
-    monkeypatch.setattr(evaluate.smoltolk, "from_pretrained", lambda path: known)
-    monkeypatch.setattr(evaluate, "hear_files", hear)
-    return type("World", (), dict(folder=folder, tmp=tmp_path, known=known, tokenizer=tokenizer, run=staticmethod(run)))
+    monkeypatch.setattr(evaluate, "from_pretrained", lambda path: known)
+    for module in (sblimp, storycloze):
+        monkeypatch.setattr(module, "hear_files", hear_files)
+    return SimpleNamespace(folder=folder, tmp=tmp_path, known=known, tokenizer=tokenizer, run=run)
 
 
 def of_text(world, text):
@@ -328,6 +374,16 @@ def test_broken_mmlu(world, change, fault):
         world.run("mmlu", f"--mmlu={world.tmp / 'mmlu.csv.xz'}")
 
 
+@pytest.mark.parametrize("contents, fault", [
+    ("subject,question,A,B,C,D\n", "mmlu.csv: no one column answer; it needs subject, question, A, B, C, D, answer"),
+    ("subject,question,A,B,C,D,answer\n", "mmlu.csv: no items"),
+    ('subject,question,A,B,C,D,answer\ns,q,"a"x,b,c,d,A\n', "mmlu.csv:2: no csv")])
+def test_broken_csv(world, contents, fault):
+    (world.tmp / "mmlu.csv").write_text(contents)
+    with pytest.raises(SystemExit, match=fault):
+        world.run("mmlu", f"--mmlu={world.tmp / 'mmlu.csv'}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sBLIMP
 
@@ -343,7 +399,7 @@ def test_sblimp_table_by_hand():
             rows.append(dict(type=kind, subtype=subtype, id=str(i), voice=voice, filename=f"{n}{correct}",
                              correct=str(correct)))
             scores[f"{n}{correct}"] = score
-    table, right = evaluate.sblimp_table(rows, scores)
+    table, right = sblimp.table(rows, scores)
     assert right.tolist() == [0.5, 1, 0.5]
     assert table["accuracy"] == pytest.approx(100 * 2 / 3) and table["items"] == 3
     assert table["stderr"] == pytest.approx(100 * (((1 / 6) ** 2 * 2 + (1 / 3) ** 2) / 3 / 3) ** 0.5)
@@ -460,8 +516,8 @@ def test_stories_in_four_settings(world):
     results, items = world.run("tstorycloze", f"--tstorycloze={world.tmp}")
     assert items["T.right"].tolist() == items["S->T.right"].tolist() == written and written[1] == 0.5
     assert items["S.right"].tolist() == items["T->S.right"].tolist() == spoken and spoken != written
-    for setting in evaluate.SETTINGS:
-        assert results["tstorycloze"][setting]["items"] == 3 and set(results["tstorycloze"]) == {*evaluate.SETTINGS}
+    for setting in storycloze.MODALITIES:
+        assert results["tstorycloze"][setting]["items"] == 3 and set(results["tstorycloze"]) == {*storycloze.MODALITIES}
     config, encode, units = world.known.config, world.tokenizer.encode, [world.known.config.vocab_size + u for u in
                                                                         (1, 2, 3)]
     assert (0, *encode("A bear slept."), *encode(" It")) in world.known.seen
@@ -523,7 +579,7 @@ def test_nll_per_unit_and_per_token(world, demo_folder):
     units = dict(n_units=30, rate=25, hash=json.loads((world.folder / "units.json").read_text())["hash"])
     rng = np.random.default_rng(0)
     spoken = [rng.integers(0, 30, n).tolist() for n in (3, 47, 48, 49, 200)]
-    data.write_set(world.tmp / "dev", "speech", spoken, units=units)
+    datasets.write_set(world.tmp / "dev", "speech", spoken, units=units)
     results, items = world.run("librispeech", f"--librispeech=['{world.tmp / 'dev'}']")
     expected = np.array([of_units(world, " ".join(map(str, d))) for d in spoken])  # no EOS
     found = results["librispeech"]
@@ -532,7 +588,7 @@ def test_nll_per_unit_and_per_token(world, demo_folder):
     assert found["nll"] == pytest.approx(-expected[:, 0].sum() / expected[:, 1].sum())
     assert max(map(len, world.known.seen)) == 48
     results, _ = world.run("text", f"--text=['{demo_folder / 'val'}']")  # a paired set, by its text
-    val = data.open_set(demo_folder / "val")
+    val = datasets.open_set(demo_folder / "val")
     values = [value(int(token)) for token in val.text if token != 0]
     assert results["text"]["nll"] == pytest.approx(-np.mean(values), rel=1e-6)
     assert results["text"]["perplexity"] == pytest.approx(math.exp(-np.mean(values)), rel=1e-6)
@@ -572,11 +628,10 @@ def test_versus(world, monkeypatch):
     class Contrary(Known):
         def __call__(self, *arguments, **more):
             out = super().__call__(*arguments, **more)
-            out.logp = torch.where(out.logp < 0, -4 - out.logp, 0.0)
-            return out
+            return SimpleNamespace(text_nll=4 - out.text_nll)
 
     models = {"model": world.known, "other": Contrary(world.known.config)}
-    monkeypatch.setattr(evaluate.smoltolk, "from_pretrained", lambda path: models[path.name])
+    monkeypatch.setattr(evaluate, "from_pretrained", lambda path: models[path.name])
     shutil.copytree(world.folder, world.tmp / "other")
     results, _ = world.run("blimp", f"--blimp={world.tmp / 'blimp'}", f"--versus={world.tmp / 'other'}")
     theirs = np.load(world.tmp / "e.versus.items/blimp.right.npy")
@@ -597,25 +652,91 @@ def test_table_7_is_the_papers():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Topic-Cloze of the training run
+
+class Oracle:
+    """Stands in for a model that likes some tokens, so that every answer is known beforehand."""
+    config = Config(vocab_size=V, n_units=UNITS)
+
+    def __init__(self, liked):
+        self.liked, self.seen = torch.tensor(liked), set()
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def __call__(self, ids, targets, layout):
+        self.seen |= beginnings(ids, layout.branch)
+        nll = torch.where(torch.isin(targets.flatten(), self.liked), 1.0, 3.0)
+        return SimpleNamespace(text_nll=nll[layout.text],
+                               speech_nll=None if layout.speech is None else nll[layout.speech])
+
+
+def test_topic_cloze_counts_and_layout(tmp_path):
+    tokenizer = SimpleNamespace(vocab_size=V, eos=0, hash="t")
+
+    def document(text, units):
+        return [[t] for t in text], [[u] for u in units]
+    right = [document([1, 2], [1, 2]), document([30, 31], [3, 4]), document([40, 30, 41], [5, 6, 5])]
+    documents = [*right, *right,
+                 document([1, 2], [1, 2]), document([40, 41], [6, 6]), document([30], [3]),  # wrong
+                 document([1, 2], [1, 2]), document([30], [3]), document([31, 31], [3, 4])]  # a tie: means are equal
+    datasets.write_set(tmp_path / "cloze", "paired", documents, tokenizer, dict(n_units=UNITS, rate=25, hash="u"))
+    oracle, cloze_set = Oracle(liked=[30, 31, 53, 54]), datasets.open_set(tmp_path / "cloze")
+    answers = evaluate.topic_cloze(oracle, cloze_set)
+    results = report.cloze_table(report.cloze_sums(answers))
+    assert list(results) == ["T", "S", "T->S", "S->T"]
+    for setting, result in results.items():
+        assert answers[setting].tolist() == [1, 1, 0, 0.5]
+        assert result["accuracy"] == pytest.approx(62.5) and result["items"] == 4
+        assert result["stderr"] == pytest.approx(100 * np.std([1, 1, 0, 0.5]) / 4 ** 0.5)
+    assert evaluate.topic_cloze(oracle, cloze_set, items=[3, 1])["S->T"].tolist() == [0.5, 1]
+    assert len(evaluate.topic_cloze(oracle, cloze_set, items=[])["T"]) == 0
+    assert evaluate.topic_cloze(oracle, cloze_set, stop=["SIGTERM"]) == {}
+    assert {(0, 1, 2, 30), (60, 51, 52, 53)} <= oracle.seen  # no switch token inside one modality
+    assert {(0, 1, 2, 61), (60, 51, 52, 61)} <= oracle.seen
+
+
+@pytest.mark.parametrize("kind", ["text", "speech", "interleaved"])
+def test_heldout_nll_is_that_of_plain_rows(demo_folder, kind):
+    val = datasets.open_set(demo_folder / "val")
+    model = tiny_model(vocab_size=val.meta["text"]["vocab_size"], n_units=30)
+    source = data.open_source(kind, [demo_folder / "val"])
+    parts = [evaluate.heldout_nll(model, {kind: source}, 1, 7, 24, batch_tokens=60, rank=rank, world_size=2)[kind]
+             for rank in range(2)]
+    rows = data.sample({kind: source}, {kind: 1}, 1, evaluate.VALIDATION, np.arange(7), 25, model.config)
+    expected = np.zeros(4)
+    for row in rows.tolist():
+        targets = [token for token in row[1:] if token != model.config.switch]
+        for target, logp in zip(targets, by_hand(model, row), strict=True):
+            expected += [-logp, 0, 1, 0] if target < model.config.vocab_size else [0, -logp, 0, 1]
+    np.testing.assert_allclose(sum(parts), expected, rtol=1e-5)
+    assert expected[3 if kind == "speech" else 2] > 0 and (expected[2:] > 0).all() == (kind == "interleaved")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the whole, with real sound and two processes
 
 def test_what_was_heard_is_kept_by_content_not_by_place(tmp_path, monkeypatch):
     monkeypatch.setattr(speech, "load_units", lambda *_: type("Units", (), dict(hash="h")))
     monkeypatch.setattr(speech, "read_audio", lambda path: int(Path(path).read_text()))
     monkeypatch.setattr(speech, "units", lambda waves, _: [(np.full(wave, wave, np.uint16), None) for wave in waves])
-    model = tiny_model()
-
-    def hear(*files):
-        c = type("C", (), dict(cache=str(tmp_path / "cache"), units="u"))
-        e = type("E", (), dict(c=c, used=[], made_with=(None, "h"), model=model, world=evaluate.World()))
-        return [len(ids) for ids in evaluate.hear_files(e, list(files))]
+    def units_in(*files):
+        options = SimpleNamespace(cache=str(tmp_path / "cache"), units="u")
+        evaluator = SimpleNamespace(settings=options, used=[], made_with=(None, "h"), model=MODELS["smoltolk"],
+                                    world=ALONE)
+        return [len(ids) for ids in hear.hear_files(evaluator, list(files))]
 
     for folder, name, n in (("x", "1", 3), ("y", "0", 2), ("flat", "1", 3), ("flat", "0", 2)):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / f"{name}.wav").write_text(str(n))
-    assert hear(tmp_path / "x/1.wav", tmp_path / "y/0.wav") == [3, 2]
+    assert units_in(tmp_path / "x/1.wav", tmp_path / "y/0.wav") == [3, 2]
     monkeypatch.setattr(speech, "units", None)  # they are kept now
-    assert hear(tmp_path / "flat/0.wav", tmp_path / "flat/1.wav") == [2, 3]
+    assert units_in(tmp_path / "flat/0.wav", tmp_path / "flat/1.wav") == [2, 3]
+    [kept] = (tmp_path / "cache").glob("*.ids.npy")
+    for damaged in ([1, 2, 3, 4], [1, 2, 3, 4, UNITS]):  # one unit too few; no such unit
+        np.save(kept, np.array(damaged, np.uint16))
+        with pytest.raises(ValueError, match="not the units of these files; remove it, they will be made again"):
+            units_in(tmp_path / "flat/0.wav", tmp_path / "flat/1.wav")
 
 
 @pytest.mark.parametrize("line, message", [
@@ -626,7 +747,7 @@ def test_what_was_heard_is_kept_by_content_not_by_place(tmp_path, monkeypatch):
     ("--protocol.topic_cloze.prefix=-3", "give 0 or more"), ("--device=mps", "choose auto or cpu")])
 def test_settings_are_checked_before_anything_is_scored(tmp_path, monkeypatch, line, message):
     save_pretrained(tiny_model(), tmp_path)
-    monkeypatch.setattr(evaluate, "evaluate", None)
+    monkeypatch.setattr(evaluate, "score_checkpoint", None)
     with pytest.raises(SystemExit, match=message):
         evaluate.main([f"--checkpoint={tmp_path}", "--device=cpu", line])
 
@@ -640,7 +761,7 @@ def test_spoken_pairs_under_hiss(tmp_path):
     spoken_blimp.main([f"--source={tmp_path / 'blimp'}", f"--out={tmp_path / 'spoken'}", "--pairs=4", "--workers=1",
                        "--speakers=[1, 5]", "--hiss=true"])
     levels = {}
-    for row in benchmarks.read_sblimp(tmp_path / "spoken/syntactic/dev/gold.csv"):
+    for row in sblimp.read(tmp_path / "spoken/syntactic/dev/gold.csv"):
         heard, _ = soundfile.read(tmp_path / f"spoken/syntactic/dev/{row['filename']}.wav")
         clean, _ = speech.espeak(row["transcription"], *demo.SPEAKERS[int(row["voice"][1:])])
         level = 10 * np.log10((clean**2).sum() / ((heard - clean) ** 2).sum())
@@ -657,7 +778,7 @@ def test_two_processes_and_real_wavs(demo_folder, tmp_path, monkeypatch):
     from corpora import spoken_blimp
 
     units = json.loads((demo_folder / "units/units.json").read_text())
-    tokenizer = data.Tokenizer(demo_folder / "tokenizer.json")
+    tokenizer = Tokenizer(demo_folder / "tokenizer.json")
     model = tiny_model(vocab_size=tokenizer.vocab_size, n_units=units["n_units"], max_position_embeddings=2048)
     save_pretrained(model, tmp_path / "model")
     for file in ("tokenizer.json", "units/units.json"):
@@ -665,7 +786,7 @@ def test_two_processes_and_real_wavs(demo_folder, tmp_path, monkeypatch):
     write_blimp(tmp_path / "blimp", PAIRS * 3)
     write_mmlu(tmp_path / "mmlu.csv.xz", QUESTIONS * 3)
     spoken_blimp.main([f"--source={tmp_path / 'blimp'}", f"--out={tmp_path / 'spoken'}", "--pairs=4", "--workers=1"])
-    rows = benchmarks.read_sblimp(tmp_path / "spoken/syntactic/dev/gold.csv")
+    rows = sblimp.read(tmp_path / "spoken/syntactic/dev/gold.csv")
     assert len(rows) == 4 * 2 * 2 and {row["correct"] for row in rows} == {"0", "1"}
     arguments = [f"--checkpoint={tmp_path / 'model'}", f"--blimp={tmp_path / 'blimp'}", "--device=cpu",
                  f"--mmlu={tmp_path / 'mmlu.csv.xz'}", f"--sblimp={tmp_path / 'spoken'}",

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as smoltolk
-from model import Config, SmolTolk, from_pretrained, mean_loss, save_pretrained
+from model import Config, Layout, SmolTolk, from_pretrained, make_layout, nll, save_pretrained, selector_entropy
 
 TINY = Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
               num_key_value_heads=2, n_units=10, max_position_embeddings=64, initializer_range=0.2)
@@ -32,16 +34,37 @@ def make(seed=0, **overrides):
     return model
 
 
-def interleaved(rows=4, length=40, seed=0):
-    """Random rows of runs of text and speech with switch tokens between them, int64 [rows, length]."""
+def interleaved(rows=4, length=40, seed=0, longest=8):
+    """Random rows of runs of text and speech, up to longest symbols each, with switch tokens between them.
+
+    Returns int64 [rows, length].
+    """
     rng, out = np.random.default_rng(seed), []
     for _ in range(rows):
         row, speech = [], rng.random() < 0.5
         while len(row) < length:
-            row += list(rng.integers(50, 61, rng.integers(1, 9)) if speech else rng.integers(0, 50, rng.integers(1, 9)))
-            row, speech = row + [TINY.switch], not speech
+            first, end = (50, 61) if speech else (0, 50)
+            row += [*rng.integers(first, end, rng.integers(1, longest + 1)), TINY.switch]
+            speech = not speech
         out.append(row[:length])
-    return torch.tensor(out)
+    return torch.tensor(out, dtype=torch.long)
+
+
+def both_logits(m, ids, **options):
+    """(text logits, speech logits) of all positions."""
+    out = m(ids, **options)
+    return m.text_logits(out.text), m.speech_logits(out.speech)
+
+
+def loss_of(m, ids, beta=0.1, text_only=False):
+    """The training loss of rows of ids, Eqs. 2 and 6. text_only: leave out the speech modules."""
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    layout = make_layout(inputs, targets, m.config)
+    out = m(inputs, targets, layout._replace(speech=None) if text_only else layout)
+    loss = torch.cat([out.text_nll, out.speech_nll]).mean()
+    if text_only:
+        return loss
+    return loss - beta * selector_entropy(out.log_omega, layout.speech) / max(1, len(layout.speech))
 
 
 @pytest.mark.parametrize("shape, text, new, baseline", [  # Tables 4 and 5
@@ -117,71 +140,37 @@ def reference_forward(m, ids):
 @torch.no_grad()
 def test_equations(overrides):
     m, ids = make(**overrides), interleaved(rows=2, length=18)
-    out = m(ids, logits=slice(None))
-    for row in range(2):
-        text, speech = reference_forward(m, ids[row])
-        torch.testing.assert_close(out.text_logits[row], text, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(out.speech_logits[row], speech, atol=2e-5, rtol=1e-4)
+    for row, text, speech in zip(ids, *both_logits(m, ids)):
+        expected_text, expected_speech = reference_forward(m, row)
+        torch.testing.assert_close(text, expected_text, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(speech, expected_speech, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("overrides", ABLATIONS, ids=str)
 @torch.no_grad()
 def test_half_precision_weights(overrides):
-    """As sample.py and bench.py have them, without autocast."""
+    """As sample.py and the benchmark of speed have them, without autocast."""
     m, ids = make(**overrides), interleaved(rows=2, length=18)
-    whole = m(ids, logits=slice(None))
-    half = m.bfloat16()(ids, logits=slice(None))
-    for name in ("text_logits", "speech_logits"):
-        exact, rounded = getattr(whole, name), getattr(half, name)
+    whole = both_logits(m, ids)
+    for exact, rounded in zip(whole, both_logits(m.bfloat16(), ids)):
         assert rounded.dtype == torch.bfloat16 and (rounded - exact).square().mean() < 0.01 * exact.square().mean()
-
-
-@torch.no_grad()
-def test_log_likelihoods_and_loss():
-    m, ids = make(), interleaved(6, 41)
-    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
-    targets[0, :5] = -1
-    out = m(inputs, targets, want=("logp", "omega"), logits=slice(None))
-    expected, n_text, n_speech, entropy = torch.zeros(6, 40), 0, 0, 0.0
-    for b in range(6):
-        for t in range(40):
-            target = int(targets[b, t])
-            if 0 <= target < 50:
-                expected[b, t], n_text = out.text_logits[b, t].log_softmax(-1)[target], n_text + 1
-            elif 50 <= target < TINY.switch:
-                expected[b, t], n_speech = out.speech_logits[b, t].log_softmax(-1)[target - 50], n_speech + 1
-                entropy += float((out.omega[b, t] * out.omega[b, t].log()).sum())
-    torch.testing.assert_close(out.logp, expected)
-    assert (out.n_text, out.n_speech) == (n_text, n_speech)
-    assert float(out.negative_entropy) == pytest.approx(entropy, rel=1e-5)
-    by_hand = -float(expected.sum()) / (n_text + n_speech) + 0.3 * entropy / n_speech
-    assert float(mean_loss(out, 0.3)) == pytest.approx(by_hand, rel=1e-5)
-
-
-def test_switch_is_never_predicted_and_the_target_before_it_counts():
-    ids = torch.tensor([[3, 4, TINY.switch, 51, 52, TINY.switch, 5]])
-    out = make()(ids[:, :-1], ids[:, 1:], want=("logp",), logits=slice(None))
-    assert (out.n_text, out.n_speech) == (2, 2)  # 4, 5 and 51, 52
-    assert (out.logp[0] != 0).tolist() == [True, False, True, True, False, True]
-    assert out.text_logits.shape[-1] == 50 and out.speech_logits.shape[-1] == 11
 
 
 @torch.no_grad()
 def test_no_position_sees_its_future():
     m, ids = make(), interleaved(3, 40)
-    whole = m(ids, logits=slice(None))
+    whole = both_logits(m, ids)
     for cut in (1, 7, 20, 33):
         other = ids.clone()
         other[:, cut:] = interleaved(3, 40, seed=cut)[:, cut:]
-        changed = m(other, logits=slice(None))
-        for a, b in ((changed.text_logits, whole.text_logits), (changed.speech_logits, whole.speech_logits)):
+        for a, b in zip(both_logits(m, other), whole):
             torch.testing.assert_close(a[:, :cut], b[:, :cut], atol=1e-5, rtol=1e-5)
             assert not torch.allclose(a[:, cut:], b[:, cut:])
 
 
 def adapt_input(m, ids):
-    rope, views, *_ = m.look(ids, 0, None, None)
-    return m.adapt_input(m.embed(ids), ids, rope, 0, views)
+    """z': the embeddings after the input adapter."""
+    return m(ids).hidden[0]
 
 
 @torch.no_grad()
@@ -189,13 +178,11 @@ def test_input_adapter_sees_one_run_only():
     m = make()
     first, second = torch.arange(50, 58), torch.arange(53, 60)
     ids = torch.cat([first, torch.tensor([TINY.switch, 3, 4, 5, TINY.switch]), second])[None]
-    z = m.embed(ids)
-    x = adapt_input(m, ids)
+    z, x = m.embed(ids), adapt_input(m, ids)
     assert torch.equal(x[:, 8:13], z[:, 8:13]) and not torch.allclose(x[:, :8], z[:, :8])  # text and switch untouched
     other = ids.clone()
     other[:, :8] = torch.randint(50, 61, (8,))
-    x_other = adapt_input(m, other)
-    assert torch.equal(x_other[:, 13:], x[:, 13:])  # a run does not see another run
+    assert torch.equal(adapt_input(m, other)[:, 13:], x[:, 13:])  # a run does not see another run
     alone = adapt_input(m, second[None])
     torch.testing.assert_close(x[:, 13:], alone, atol=1e-5, rtol=1e-5)  # nor where in the sequence it stands
 
@@ -207,132 +194,215 @@ def test_adapters_start_as_the_identity():
     assert torch.equal(adapt_input(m, ids), m.embed(ids))
     none = SmolTolk(dataclasses.replace(TINY, input_adapter_layers=0, output_adapter_layers=0))
     none.load_state_dict({k: v for k, v in m.state_dict().items() if "adapter" not in k})
-    assert torch.equal(none(ids, logits=slice(None)).speech_logits, m(ids, logits=slice(None)).speech_logits)
+    assert torch.equal(none(ids).speech, m(ids).speech)
 
 
 def test_the_layer_selector_starts_even_and_learns():
     torch.manual_seed(0)
     m, ids = SmolTolk(TINY), interleaved(3, 30)
-    out = m(ids[:, :-1], ids[:, 1:], want=("omega",))
-    torch.testing.assert_close(out.omega, torch.full_like(out.omega, 1 / 3))
-    mean_loss(out).backward()
+    log_omega = m(ids).log_omega
+    torch.testing.assert_close(log_omega.exp(), torch.full((3, 30, 3), 1 / 3))
+    loss_of(m, ids, beta=0).backward()
     assert m.layer_selector.weight.grad.norm() > 0
 
 
+# losses
+
 @torch.no_grad()
-def test_skipping_text_rows_changes_nothing():
+def test_losses_and_entropy():
     m, ids = make(), interleaved(6, 41)
-    ids[:2] %= 50
-    one = m(ids[:, :-1], ids[:, 1:], text_rows=0, want=("logp",))
-    two = m(ids[:, :-1], ids[:, 1:], text_rows=2, want=("logp",))
-    torch.testing.assert_close(one.logp, two.logp)
-    assert one[3:5] == two[3:5]
-    assert float(one.negative_entropy) == pytest.approx(float(two.negative_entropy), rel=1e-5)
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[0, :5] = -1
+    out, layout = m(inputs, targets), make_layout(inputs, targets, TINY)
+    text_nll, speech_nll, entropy = [], [], 0.0
+    for text, speech, log_omega, row in zip(*both_logits(m, inputs), out.log_omega, targets.tolist()):
+        for t, target in enumerate(row):
+            if 0 <= target < 50:
+                text_nll.append(-text[t].log_softmax(-1)[target])
+            elif 50 <= target < TINY.switch:
+                speech_nll.append(-speech[t].log_softmax(-1)[target - 50])
+                entropy -= float((log_omega[t].exp() * log_omega[t]).sum())
+    torch.testing.assert_close(out.text_nll, torch.stack(text_nll))
+    torch.testing.assert_close(out.speech_nll, torch.stack(speech_nll))
+    assert float(selector_entropy(out.log_omega, layout.speech)) == pytest.approx(entropy, rel=1e-5)
+    given = m(inputs, targets, layout)
+    assert torch.equal(given.text_nll, out.text_nll) and torch.equal(given.speech_nll, out.speech_nll)
 
 
-def test_every_parameter_gets_a_gradient_even_without_speech():  # or DistributedDataParallel would wait for ever
-    for ids, text_rows in ((interleaved(3, 20) % 50, 3), (interleaved(3, 20), 0)):
-        m = make()
-        mean_loss(m(ids[:, :-1], ids[:, 1:], text_rows)).backward()
-        assert [n for n, p in m.named_parameters() if p.grad is None] == []
+def test_switch_is_never_predicted_and_the_target_before_it_counts():
+    ids = torch.tensor([[3, 4, TINY.switch, 51, 52, TINY.switch, 5]])
+    layout = make_layout(ids[:, :-1], ids[:, 1:], TINY)
+    assert (layout.text.tolist(), layout.speech.tolist()) == ([0, 5], [2, 3])  # before 4 and 5, and before 51 and 52
+    text, speech = both_logits(make(), ids)
+    assert text.shape == (1, 7, 50) and speech.shape == (1, 7, 11)
 
 
+@torch.no_grad()
+def test_text_alone_may_skip_the_speech_modules():
+    m, ids = make(), interleaved(4, 41) % 50
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    layout = make_layout(inputs, targets, TINY)
+    full, text = m(inputs, targets, layout), m(inputs, targets, layout._replace(speech=None))
+    torch.testing.assert_close(text.text_nll, full.text_nll)
+    torch.testing.assert_close(text.hidden, full.hidden)
+    assert text.speech is text.log_omega is None and len(text.speech_nll) == len(full.speech_nll) == 0
+
+
+@pytest.mark.parametrize("first, n", [(0, 50), (50, 11), (0, 62)], ids=["text", "speech", "both"])
+def test_every_parameter_gets_a_gradient(first, n):  # or DistributedDataParallel would wait for ever
+    m = make()
+    loss_of(m, interleaved(3, 20) % n + first).backward()
+    assert [name for name, p in m.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "x", "weight"])  # a frozen backbone needs no gradient of the weight
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("size", [1 << 27, 7 * 50])
-def test_loss_with_its_gradient_is_the_plain_one(monkeypatch, half, size):
-    monkeypatch.setattr(smoltolk, "LOGITS_AT_ONCE", size)
+@pytest.mark.parametrize("at_once", [1 << 27, 7 * 50])
+def test_nll_is_cross_entropy_with_its_gradients(monkeypatch, at_once, half, frozen):
+    monkeypatch.setattr(smoltolk, "LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
-    x, w, targets = torch.randn(60, 32), 0.3 * torch.randn(50, 32), torch.randint(0, 50, (60,))
-
-    def plain(x, w):
-        return F.cross_entropy(F.linear(x, w).float(), targets, reduction="none")
-    for need_x, need_w in ((True, True), (True, False), (False, True)):  # a frozen backbone needs no gradient of W
-        results = []
-        for loss in (lambda x, w: smoltolk.HeadLoss.apply(x, w, targets, smoltolk.head_piece),
-                     lambda x, w: (plain(x, w).sum(), -plain(x, w))):
-            a, b = x.clone().requires_grad_(need_x), w.clone().requires_grad_(need_w)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                total, logp = loss(a, b)
-            (0.25 * total).backward()
-            results.append([total.detach(), logp.detach(), *(t.grad for t in (a, b) if t.requires_grad)])
-        for ours, theirs in zip(*results):
-            torch.testing.assert_close(ours, theirs, **(dict(atol=0.02, rtol=0.02) if half else {}))
-
-
-@pytest.mark.parametrize("text_rows", [0, 2, 6])
-def test_given_counts_change_nothing(text_rows):
-    import data
-    ids = interleaved(6, 41)
-    ids[:text_rows] %= 50
-    if not text_rows:
-        ids = ids % 10 + 50  # not one text target
-    batch, m = data.make_batch(ids.numpy(), text_rows, TINY), make()
-    found = m(ids[:, :-1], ids[:, 1:], text_rows, want=("logp",))
-    told = m(ids[:, :-1], ids[:, 1:], text_rows, want=("logp",), counts=batch[2:])
-    assert told[3:5] == found[3:5] == batch[2:4] and torch.equal(told.logp, found.logp)
-    if text_rows < 6:
-        is_speech = m.is_speech(ids[text_rows:, :-1])
-        bounds = smoltolk.find_runs(is_speech, True).bounds
-        padded = smoltolk.find_runs(is_speech, True, batch.n_runs).bounds
-        assert batch.n_runs % 256 == 0 and len(padded) == batch.n_runs + 1 and padded.dtype == torch.int32
-        assert torch.equal(padded[:len(bounds)], bounds) and (padded[len(bounds) - 1:] == is_speech.numel()).all()
+    x, weight, targets = torch.randn(60, 32), 0.3 * torch.randn(50, 32), torch.randint(0, 50, (60,))
+    tensors = [x.requires_grad_(frozen != "x"), weight.requires_grad_(frozen != "weight")]
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        ours = nll(*tensors, targets)
+    scores = exact[0] @ exact[1].T
+    theirs = scores.logsumexp(-1) - scores.gather(1, targets[:, None])[:, 0]
+    assert ours.dtype == torch.float32
+    for values in (ours, theirs):
+        (0.25 * values * torch.linspace(-1, 2, 60)).sum().backward()  # each target has a gradient of its own
+    tolerance = dict(atol=0.03, rtol=0.03) if half else dict(atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.double(), theirs, **tolerance)
+    for our, their in zip(tensors, exact):
+        if our.requires_grad:
+            torch.testing.assert_close(our.grad.double(), their.grad, **tolerance)
 
 
-def test_long_losses_in_pieces_are_the_same(monkeypatch):
+def test_losses_in_pieces_are_the_same(monkeypatch):
     ids, results = interleaved(6, 41), []
-    for budget in (1 << 27, 7 * 50):
-        monkeypatch.setattr(smoltolk, "LOGITS_AT_ONCE", budget)
+    for at_once in (1 << 27, 7 * 50):
+        monkeypatch.setattr(smoltolk, "LOGITS_AT_ONCE", at_once)
         m = make()
-        out = m(ids[:, :-1], ids[:, 1:])
-        mean_loss(out, 0.1).backward()
-        results.append([out.text_nll, out.speech_nll, *(p.grad for p in m.parameters())])
-    torch.testing.assert_close(results[0], results[1])
+        loss = loss_of(m, ids)
+        loss.backward()
+        results.append([loss, *(p.grad for p in m.parameters())])
+    torch.testing.assert_close(*results)
+
+
+# layouts, runs and branches
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 60), st.sampled_from([1, 8, 40]), st.integers(0, 99))
+def test_layout_against_brute_force(rows, length, longest, seed):
+    """Positions and runs, with more runs than an eighth of the positions or with fewer; the size is one of two."""
+    ids = interleaved(rows, length + 1, seed, longest)
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < 0.2] = -100
+    text, speech, starts = [], [], []
+    for b in range(rows):
+        for t in range(length):
+            target, kinds = int(targets[b, t]), [50 <= int(i) < TINY.switch for i in inputs[b]]
+            text += [b * length + t] * (0 <= target < 50)
+            speech += [b * length + t] * (50 <= target < TINY.switch)
+            starts += [b * length + t] * (t == 0 or kinds[t] != kinds[t - 1])
+    layout, n = make_layout(inputs, targets, TINY), rows * length
+    assert (layout.text.tolist(), layout.speech.tolist(), layout.branch) == (text, speech, None)
+    size = n // 8 if len(starts) <= n // 8 else n
+    assert layout.runs.tolist() == starts + [n] * (size + 1 - len(starts)) and layout.runs.dtype == torch.int32
 
 
 def fake_flash(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal):
     """flash_attn_varlen_func's contract, slowly."""
-    assert causal and torch.equal(bounds_q, bounds_k) and bounds_q.dtype == torch.int32 and len(bounds_q) > 1
-    y = torch.empty_like(q)
-    for a, b in zip(bounds_q[:-1].tolist(), bounds_q[1:].tolist()):
-        qs, ks, vs = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
-        y[a:b] = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-    return y
+    assert causal and bounds_q is bounds_k and bounds_q.dtype == torch.int32
+    if not torch.compiler.is_compiling():  # a graph does not know the numbers
+        lengths = bounds_q.diff()
+        assert bounds_q[0] == 0 and bounds_q[-1] == len(q) and lengths.min() >= 0
+        assert lengths.max() <= longest_q == longest_k
+    position = torch.arange(len(q))
+    run = torch.bucketize(position, bounds_q, right=True)
+    mask = (run == run[:, None]) & (position <= position[:, None])
+    q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0].transpose(0, 1)
 
 
+@pytest.mark.parametrize("longest", [8, 60])
+@pytest.mark.parametrize("kernel", ["flash_attn", "is_causal", "window_size"])
 @torch.no_grad()
-def test_flash_and_torch_kernels_agree(monkeypatch):
-    m, ids = make(), interleaved(4, 40)
-    plain = m(ids, logits=slice(None))
-    monkeypatch.setattr(smoltolk, "flash_attn_varlen_func", fake_flash)
-    find = smoltolk.find_runs
-    monkeypatch.setattr(smoltolk, "find_runs", lambda is_speech, flash, n: find(is_speech, True, n))
-    torch.testing.assert_close(m(ids, logits=slice(None)).speech_logits, plain.speech_logits, atol=1e-5, rtol=1e-5)
-    m(ids % 50, text_rows=4)  # no row for the adapters at all
+def test_kernels_for_runs_agree_with_the_masks(monkeypatch, kernel, longest):
+    """The flash-attn package, or torch's own copy: before 2.12 it knows no grouped heads, and causality by a window."""
+    calls = []
+
+    def flash(*args, causal):
+        calls.append(kernel)
+        return fake_flash(*args, causal=causal)
+
+    def varlen(q, k, v, *bounds, **causal):
+        assert causal == smoltolk.CAUSAL and q.shape == k.shape == v.shape
+        return flash(q, k, v, *bounds, causal=True)
+    m, ids = make(), interleaved(4, 40, longest=longest)
+    plain = m(ids).speech
+    monkeypatch.setattr(SmolTolk, "can_use_flash", lambda self, ids: True)
+    monkeypatch.setattr(smoltolk, "flash_attn_varlen_func", flash if kernel == "flash_attn" else None)
+    monkeypatch.setattr(smoltolk, "varlen_attn", varlen)
+    monkeypatch.setattr(smoltolk, "CAUSAL", {kernel: (-1, 0) if kernel == "window_size" else True})
+    torch.testing.assert_close(m(ids, layout=make_layout(ids, ids, TINY)).speech, plain, atol=1e-5, rtol=1e-5)
+    assert len(calls) == TINY.input_adapter_layers
 
 
-def test_compiled_in_bf16(monkeypatch):
-    """torch.compile's own tracing, without its slow C++: no error, the same losses and gradients, few graphs."""
-    monkeypatch.setattr(smoltolk, "LOGITS_AT_ONCE", 7 * 50)  # the loss in pieces too
+@pytest.mark.parametrize("overrides", ABLATIONS, ids=str)
+@torch.no_grad()
+def test_branches_of_a_row_are_sequences_of_their_own(overrides):
+    """Rows of sequences with a common beginning, or with none: each gets what it gets alone, wherever it stands."""
+    m, rows = make(**overrides), [(25, [20, 1, 12]), (0, [30, 25, 20]), (7, [9]), (10, [30, 6, 17, 7]), (64, [0])]
+    T = 75  # more than the model has positions; a row is longer than each of its sequences
+    ids = torch.randint(0, 62, (len(rows), T))
+    branch = (-1 - torch.arange(T)).repeat(len(rows), 1)  # each position of the padding is a branch of its own
+    placed = []  # of each sequence: its row, its positions there, its ids
+    for row, (common, rests) in enumerate(rows):
+        beginning, end = interleaved(1, common, seed=row)[0], common
+        beginning[-2:] = 55
+        ids[row, :common], branch[row, :common] = beginning, 0
+        for number, n in enumerate(rests, 1):
+            start, end = end, end + n
+            rest = interleaved(1, n, seed=10 * row + number)[0]
+            rest[:number] = 56  # the beginning's run of speech goes on
+            ids[row, start:end], branch[row, start:end] = rest, number
+            placed.append((row, [*range(common), *range(start, end)], torch.cat([beginning, rest])))
+    together = m(ids, layout=Layout(text=None, speech=torch.zeros(0), branch=branch))
+    for row, positions, sequence in placed:
+        alone = m(sequence[None])
+        torch.testing.assert_close(together.text[row, positions], alone.text[0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(together.speech[row, positions], alone.speech[0], atol=2e-5, rtol=1e-4)
+
+
+# what changes speed and memory alone
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_compiled_in_bf16(monkeypatch, flash):
+    """torch.compile's own tracing, without its slow C++: the same losses and gradients, one graph for rows with speech
+    and one for text alone, and no other whatever stands in them."""
+    from torch._dynamo.backends.debugging import aot_eager
     graphs, results = [], []
     torch._dynamo.reset()
+    monkeypatch.setattr(SmolTolk, "can_use_flash", lambda self, ids: flash)
+    monkeypatch.setattr(smoltolk, "flash_attn_varlen_func", fake_flash)
 
     def backend(graph, inputs):
         graphs.append(graph)
         return aot_eager(graph, inputs)
-    from torch._dynamo.backends.debugging import aot_eager
     for compiled in (False, True):
-        m = make()
-        runner = torch.compile(m, backend=backend) if compiled else m
-        for text_rows in (2, 0, 2):
-            ids = interleaved(6, 41)
-            ids[:text_rows] %= 50
+        m = make(num_hidden_layers=2, input_adapter_layers=1, output_adapter_layers=1).train()
+        if compiled:
+            m.compiled_read = torch.compile(m.read, backend=backend, fullgraph=True)
+        for step in range(6):
+            ids, text_only = interleaved(6, 41, seed=step, longest=30), step % 3 == 1
             with torch.autocast("cpu", torch.bfloat16):
-                out = runner(ids[:, :-1], ids[:, 1:], text_rows)
-            mean_loss(out, 0.1).backward()
-            results.append(float(mean_loss(out, 0.1).detach()))
+                loss = loss_of(m, ids % 50 if text_only else ids, text_only=text_only)
+            loss.backward()
+            results.append(float(loss.detach()))
+            assert len(graphs) == compiled * min(step + 1, 2)
         results.append(sum(float(p.grad.abs().sum()) for p in m.parameters()))
-    assert results[4:] == pytest.approx(results[:4], rel=1e-3)
-    assert 0 < len(graphs) < 12
+    assert results[7:] == pytest.approx(results[:7], rel=1e-3)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -349,63 +419,34 @@ def test_recomputing_changes_memory_alone(half):
         with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
             with torch.autocast("cpu", torch.bfloat16, enabled=half), \
                     torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                loss = mean_loss(m(ids[:, :-1], ids[:, 1:]), 0.1)
+                loss = loss_of(m, ids)
             loss.backward()
-        results.append([loss.detach(), *(p.grad for p in m.parameters())])
+        results.append([loss.detach(), *(p.grad for p in m.parameters()), torch.tensor(flops.get_total_flops())])
         wide = (m.config.intermediate_size,)
         saved.append(sum(t.shape[-1:] == wide and t.numel() == 4 * 39 * wide[0] for t in kept.values()))
-        results[-1].append(torch.tensor(flops.get_total_flops()))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     mlps = sum(isinstance(module, smoltolk.MLP) for module in m.modules())
     assert saved == [4 * mlps, 2 * mlps]
 
 
-def test_nothing_is_compiled_anew_for_other_counts():
-    """Compiled steps of one shape: whatever stands in the rows, there are no more graphs after the second step."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    import data
-    torch._dynamo.reset()
-    m, graphs, after = make(num_hidden_layers=1, input_adapter_layers=1, output_adapter_layers=1), [], 0
-    runner = torch.compile(m, backend=lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs))
-    for step in range(6):
-        ids = interleaved(6, 41, seed=step)
-        ids[:2] %= 50
-        batch = data.make_batch(ids.numpy(), 2, TINY)
-        mean_loss(runner(ids[:, :-1], ids[:, 1:], 2, counts=batch[2:])).backward()
-        after = after if step > 1 else len(graphs)
-    assert 0 < len(graphs) == after <= 4
-
-
-@pytest.mark.parametrize("signature", ["is_causal", "window_size"])
-@torch.no_grad()
-def test_torchs_own_flash_attention_is_called_as_it_wants(monkeypatch, signature):
-    def fake(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **causal):
-        assert causal == smoltolk.CAUSAL and q.shape == k.shape == v.shape  # 2.11 knows no grouped heads
-        return fake_flash(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal=True)
-    m, ids = make(), interleaved(4, 40)
-    plain = m(ids, logits=slice(None))
-    monkeypatch.setattr(smoltolk, "CAUSAL", {signature: (-1, 0) if signature == "window_size" else True})
-    monkeypatch.setattr(smoltolk, "varlen_attn", fake)
-    find = smoltolk.find_runs
-    monkeypatch.setattr(smoltolk, "find_runs", lambda is_speech, flash, n: find(is_speech, True, 256))
-    torch.testing.assert_close(m(ids, logits=slice(None)).speech_logits, plain.speech_logits, atol=1e-5, rtol=1e-5)
-
-
 def test_too_long_a_sequence():
-    with pytest.raises(ValueError, match="max_position_embeddings=64"):
+    with pytest.raises(ValueError, match="65 positions, the model has max_position_embeddings=64"):
         make()(torch.zeros(1, 65, dtype=torch.long))
 
 
 # folders
 
+def assert_same_weights(one, other):
+    assert one.config == other.config
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), atol=0, rtol=0)
+
+
 def test_folder_round_trip(tmp_path):
     m, ids = make(rope_theta=5000.0, layer_pooling="fixed"), interleaved()
     save_pretrained(m, tmp_path)
-    again = from_pretrained(tmp_path)
-    assert again.config == m.config
-    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True))
-    torch.testing.assert_close(m(ids, logits=slice(None)).speech_logits, again(ids, logits=slice(None)).speech_logits)
+    again = from_pretrained(tmp_path).eval()
+    assert_same_weights(m, again)
+    assert torch.equal(m(ids).speech, again(ids).speech)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -416,33 +457,50 @@ def test_backbone_opens_in_transformers(tmp_path, dtype):
     llama, info = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"] and not info["mismatched_keys"]
     ids = torch.randint(0, 50, (2, 30))
-    torch.testing.assert_close(m(ids, logits=slice(None)).text_logits, llama(ids).logits, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(both_logits(m, ids)[0], llama(ids).logits, atol=2e-5, rtol=1e-4)
 
 
-def test_sharded_weights_load(tmp_path):
+@pytest.fixture
+def sharded(tmp_path):
+    """(a model, its folder with the backbone in two shards, the index of the shards)."""
     m = make()
     save_pretrained(m, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
-    for file, part in shards.items():
-        save_file({n: tensors[n] for n in part}, tmp_path / file)
-    index = dict(weight_map={n: file for file, part in shards.items() for n in part})
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    again = from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True))
+    index = {name: f"model-0000{1 + (i >= 7)}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(index.values()):
+        save_file({name: tensors[name] for name in tensors if index[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
+    return m, tmp_path, index
 
 
-@pytest.mark.parametrize("fault, message", [
-    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
-    (lambda t: t.update({"lm_head.weight": torch.zeros(50, 32)}), "lm_head.weight is unexpected"),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), r"model.norm.weight has shape \(31,\)")])
-def test_weights_are_read_strictly(tmp_path, fault, message):
+def test_sharded_weights_load(sharded):
+    assert_same_weights(sharded[0], from_pretrained(sharded[1]))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda index: [], "weight_map is no"),
+    (lambda index: index | {"model.norm.weight": 3}, "weight_map is no"),
+    (lambda index: index | {"model.norm.weight": "../model.safetensors"}, "is no name of a file in the folder"),
+    (lambda index: index | {"model.norm.weight": "none.safetensors"}, "none.safetensors: cannot be read"),
+    (lambda index: index | {"lm_head.weight": index["model.norm.weight"]}, "'lm_head.weight' is in this index alone"),
+    (lambda index: dict(list(index.items())[1:]), "'model.embed_tokens.weight' is in the shards alone")])
+def test_a_wrong_index_is_refused(sharded, change, message):
+    _, folder, index = sharded
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=change(index))))
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model.layers.1.mlp.up_proj.weight": None}, "model.layers.1.mlp.up_proj.weight is missing"),
+    ({"lm_head.weight": torch.zeros(50, 32)}, "lm_head.weight is unexpected"),
+    ({"model.norm.weight": torch.zeros(31)}, r"model.norm.weight has shape \(31,\)"),
+    ({"model.norm.weight": torch.full([32], math.nan)}, "model.safetensors: tensor 'model.norm.weight' has .* finite")])
+def test_weights_are_read_strictly(tmp_path, change, message):
     save_pretrained(make(), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    fault(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors") | change
+    save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         from_pretrained(tmp_path)
 
@@ -452,26 +510,23 @@ def test_weights_are_read_strictly(tmp_path, fault, message):
     ("tie_word_embeddings", False, "tie_word_embeddings"), ("hidden_size", None, "hidden_size"),
     ("model_type", "qwen2", "model_type is 'qwen2'"), ("head_dim", 5, "head_dim is 5"), ("rms_norm_eps", "1", "rms_"),
     ("vocab_size", 1 << 40, "vocab_size=1099511627776: give"), ("hidden_size", 1 << 19, "config.json asks for"),
-    ("num_hidden_layers", 1000, "tensors, config.json asks for"), ("eos_token_id", [0, 2], "eos_token_id="),
-    ("eos_token_id", 50, "is no id below vocab_size")])
+    ("num_hidden_layers", 1000, "tensors, too few for the layers that config.json asks for"),
+    ("eos_token_id", [0, 2], "eos_token_id="), ("eos_token_id", 50, "is no id below vocab_size"),
+    ("smoltolk", {"wings": 2}, "unknown model key 'wings'"),
+    ("smoltolk", {"layer_pooling": "max"}, "layer_pooling='max': choose")])
 def test_other_architectures_are_refused(tmp_path, key, value, message):
     save_pretrained(make(), tmp_path)
-    said = json.loads((tmp_path / "config.json").read_text())
-    said[key] = value
+    config = json.loads((tmp_path / "config.json").read_text()) | {key: value}
     if value is None:
-        del said[key]
-    (tmp_path / "config.json").write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=message):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
         from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_damaged_files_are_named(tmp_path):
     save_pretrained(make(), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * math.nan}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="model.safetensors: tensor 'model.norm.weight' has .* not finite"):
-        from_pretrained(tmp_path)
-    save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "speech.safetensors").write_bytes((tmp_path / "speech.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="speech.safetensors: cannot be read"):
         from_pretrained(tmp_path)
@@ -495,8 +550,8 @@ def test_real_weights_against_transformers(smollm2_folder):
     m = from_pretrained(smollm2_folder).eval()
     with torch.no_grad():
         theirs = llama(ids, labels=ids)
-        ours = m(ids, torch.cat([ids[:, 1:], torch.tensor([[-1]])], 1), logits=slice(None))
-        torch.testing.assert_close(ours.text_logits, theirs.logits, atol=1e-4, rtol=1e-5)
-        assert float(mean_loss(ours).exp()) == pytest.approx(float(theirs.loss.exp()), rel=1e-5)
-        other = from_pretrained(smollm2_folder, rope_theta=10_000.0).eval()(ids, logits=slice(None)).text_logits
+        ours = m(ids, torch.cat([ids[:, 1:], torch.tensor([[-1]])], 1))
+        torch.testing.assert_close(m.text_logits(ours.text), theirs.logits, atol=1e-4, rtol=1e-5)
+        assert float(ours.text_nll.mean().exp()) == pytest.approx(float(theirs.loss.exp()), rel=1e-5)
+        other = both_logits(from_pretrained(smollm2_folder, rope_theta=10_000.0).eval(), ids)[0]
     assert float((other - theirs.logits).abs().max()) > 1  # the RoPE base is really applied

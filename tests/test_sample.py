@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import ABLATIONS, PAGE, TINY, interleaved, make
+from test_model import ABLATIONS, PAGE, TINY, both_logits, interleaved, make
 
 import sample
 import speech
@@ -32,73 +32,71 @@ def jumble(seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, len(ABLATIONS) - 1), st.integers(0, 20), st.integers(1, 3), st.data())
+@given(st.integers(0, len(ABLATIONS) - 1), st.integers(0, 20), st.integers(0, 5),
+       st.lists(st.integers(0, LENGTH - 1), min_size=1, max_size=3),
+       st.sets(st.integers(1, LENGTH), max_size=4), st.integers(1, LENGTH))
 @torch.no_grad()
-def test_cached_logits_are_the_uncached_ones(ablation, seed, rows, data):
-    """Openings of unlike length in one padded pass, then symbol by symbol, some rows waiting while others go on."""
-    m, ids = built(ablation), jumble(seed)[:rows]
-    whole = m(ids, logits=slice(None))
-    lengths = data.draw(st.lists(st.integers(0, LENGTH - 1), min_size=rows, max_size=rows))
-    cache = new_cache(m, rows, LENGTH + data.draw(st.integers(0, 5)))
-    position = torch.tensor(lengths)
-
-    def compare(out, row, at, column):
-        for ours, right in ((out.text_logits, whole.text_logits), (out.speech_logits, whole.speech_logits)):
-            torch.testing.assert_close(ours[row, column], right[row, at], atol=1e-4, rtol=0)
-
-    if max(lengths):
-        opening = ids[:, :max(lengths)].clone()
-        for row, n in enumerate(lengths):
-            opening[row, n:] = torch.randint(0, 62, (max(lengths) - n,))  # the padding may be anything
-        out = m(opening, logits=slice(None), cache=cache)
-        for row, n in enumerate(lengths):
-            for at in range(n):
-                compare(out, row, at, at)
-    cache.position.copy_(position)
-    rng = np.random.default_rng(seed)
-    while (position < LENGTH).any():
-        alive = torch.from_numpy(rng.random(rows) < 0.7) & (position < LENGTH)
-        feed = ids.gather(1, position.clamp(max=LENGTH - 1)[:, None])
-        feed = torch.where(alive[:, None], feed, torch.randint(0, 62, feed.shape))  # who waits may read anything
-        cache.position.clamp_(max=cache.speech.size(1) - 1)
-        out = m(feed, logits=slice(None), cache=cache)
-        for row in alive.nonzero().flatten().tolist():
-            compare(out, row, position[row], 0)
-        cache.position.add_(alive)
-        position = position + alive
+def test_cached_logits_are_the_uncached_ones(ablation, seed, free, start, cuts, prompt):
+    """Prompts of unlike lengths, padded on the left, in one or several chunks, and then symbol by symbol."""
+    m, ids = built(ablation), jumble(seed)[:len(start)]
+    padded = torch.randint(0, 62, ids.shape)  # the padding may be anything
+    for row, n in enumerate(start):
+        padded[row, n:] = ids[row, :LENGTH - n]
+    cache = new_cache(m, torch.tensor(start), LENGTH + free)
+    chunks = padded.tensor_split(sorted(cuts | set(range(prompt, LENGTH + 1))), 1)[:-1]  # the last one is empty
+    parts = [both_logits(m, chunk, cache=cache) for chunk in chunks]
+    assert cache.slot == LENGTH
+    for cached, uncached in zip(zip(*parts), both_logits(m, ids)):
+        cached = torch.cat(cached, 1)
+        for row, n in enumerate(start):
+            torch.testing.assert_close(cached[row, n:], uncached[row, :LENGTH - n], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("weights, autocast, expected", [
+    (torch.float32, False, torch.float32), (torch.float32, True, torch.bfloat16),
+    (torch.bfloat16, False, torch.bfloat16)])
 @torch.no_grad()
-def test_what_a_cache_cannot_do():
-    m = make()
+def test_the_cache_has_the_precision_of_the_keys(weights, autocast, expected):
+    m, ids = make().to(weights), interleaved(2, LENGTH)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        cache, whole = new_cache(m, torch.tensor([0, 0]), LENGTH), both_logits(m, ids)
+        cached = [both_logits(m, part, cache=cache) for part in ids.split(LENGTH // 2, 1)]
+    tensors = [t for stack in cache[:3] for pair in stack for t in pair]
+    assert len(tensors) == 2 * 7 and {t.dtype for t in tensors} == {expected}
+    for exact, parts in zip(whole, zip(*cached)):
+        assert (torch.cat(parts, 1) - exact).square().mean() < 0.01 * exact.square().mean()
+
+
+def test_a_cache_is_no_longer_than_the_model():
     with pytest.raises(ValueError, match="65 positions, the model has max_position_embeddings=64"):
-        new_cache(m, 1, 65)
-    with pytest.raises(ValueError, match="text_rows=1"):
-        m(torch.zeros(2, 1, dtype=torch.long), text_rows=1, cache=new_cache(m, 2, 8))
+        new_cache(make(), torch.zeros(1, dtype=torch.long), 65)
 
 
-@torch.inference_mode()
-def test_a_step_compiles_once():
-    """A graph for each modality, whatever the rows hold and wherever they stand; the same logits as without."""
+def test_a_step_compiles_once(monkeypatch):
+    """A graph for each modality, for all steps of all parts; the same logits as without."""
     from torch._dynamo.backends.debugging import aot_eager
-    graphs, results = [], []
+    graphs, results, compile_of_torch = [], [], torch.compile
     torch._dynamo.reset()
 
     def backend(graph, inputs):
         graphs.append(graph)
         return aot_eager(graph, inputs)
-    openings = [[1, 2, 3], [TINY.speech_eos, 52, 53, 54, TINY.switch]]
-    for one in (sample.step, torch.compile(sample.step, backend=backend, fullgraph=True, dynamic=False)):
-        m, logits = make(num_hidden_layers=1), []
-        cache, pending = sample.read_openings(m, openings, 60)
-        for modality, first_id in (("text", 0), ("speech", 50)):
-            for i in range(20):
-                logits.append(one(m, pending, cache, torch.tensor([True, i % 3 > 0]), modality))
-                pending = logits[-1].argmax(-1, keepdim=True) + first_id
-        results.append(torch.cat(logits, 1))
-        assert cache.position.tolist() == [2 + 40, 4 + 26]
+
+    def without_cpp(function, mode, **options):
+        assert options == dict(fullgraph=True, dynamic=False)
+        return compile_of_torch(function, backend=backend, **options)
+    monkeypatch.setattr(torch, "compile", without_cpp)
+    m, openings = make(num_hidden_layers=1), [[1, 2, 3], [TINY.speech_eos, 52, 53, 54, TINY.switch]]
+    for compiled in (False, True):
+        seen = []
+
+        def pick(logits, seen=seen):
+            seen.append(logits)
+            return logits[:, 1:-1].argmax(-1) + 1  # never EOS
+        collect(m, openings, [("text", 9), ("speech", 8), ("text", 7), ("speech", 6)], pick, compiled=compiled)
+        results.append(seen)
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-    assert len(graphs) == 2
+    assert len(results[0]) == 9 + 8 + 7 + 6 and len(graphs) == 2
 
 
 # generation
@@ -111,9 +109,8 @@ def by_hand(m, opening, plan, pick):
         made.append([])
         for _ in range(n):
             with torch.no_grad():
-                out = m(torch.tensor([ids]), logits=slice(-1, None))
-            logits = out.text_logits if modality == "text" else out.speech_logits
-            symbol = int(pick(logits[0]))
+                text_logits, speech_logits = both_logits(m, torch.tensor([ids]))
+            symbol = int(pick((text_logits if modality == "text" else speech_logits)[:, -1]))
             if symbol == (TINY.eos_token_id if modality == "text" else TINY.n_units):
                 break
             made[-1].append(symbol)
@@ -122,6 +119,7 @@ def by_hand(m, opening, plan, pick):
 
 
 def collect(m, openings, plan, pick, **options):
+    """The ids of each part of each row that sample.generate yields."""
     made = [[[] for _ in plan] for _ in openings]
     for part, symbols in sample.generate(m, openings, plan, pick, **options):
         for row, symbol in zip(made, symbols, strict=True):
@@ -170,9 +168,9 @@ def test_greedy_text_is_that_of_transformers(smollm2_folder):
     assert len(m.input_adapter) == len(m.output_adapter) == 0
     [[ours]] = collect(m, [ids], [("text", 200)], greedy)
     llama = LlamaForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    options = dict(do_sample=False, max_new_tokens=200, pad_token_id=0)
-    theirs = llama.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
-    assert ours == theirs[0, len(ids):].tolist() and len(ours) == 200
+    with torch.no_grad():  # what it finds likeliest after each beginning of our text is what it would generate itself
+        theirs = llama(torch.tensor([ids + ours])).logits[0, len(ids) - 1:-1].argmax(-1)
+    assert ours == theirs.tolist() and len(ours) == 200
 
 
 # drawing
@@ -240,7 +238,7 @@ def folder(tmp_path_factory):
     speech.save_mel_units(str(path / "units"), codebook)
     (model / "units.json").write_bytes((path / "units" / "units.json").read_bytes())
     torch.manual_seed(0)
-    vocab_size = sample.data.Tokenizer(model / "tokenizer.json").vocab_size
+    vocab_size = sample.Tokenizer(model / "tokenizer.json").vocab_size
     config = Config(**{**vars(TINY), "vocab_size": vocab_size, "n_units": 12, "max_position_embeddings": 200})
     save_pretrained(SmolTolk(config), model)
     text_only = path / "text"
@@ -281,7 +279,7 @@ def test_speech_comes_as_a_wav_and_its_units(folder, capsys, tmp_path, prompt):
 
 def test_text_streams_in_whole_characters(folder, capsys, tmp_path, monkeypatch):
     """What is printed, piece by piece, is the text of the ids; the same seed says the same, another one does not."""
-    pieces, tokenizer = [], sample.data.Tokenizer(folder / "model" / "tokenizer.json")
+    pieces, tokenizer = [], sample.Tokenizer(folder / "model" / "tokenizer.json")
     ids = tokenizer.encode("é 😀 truth 你") + [tokenizer.encode("😀")[0]]  # the last character is cut
     assert len(ids) > 12
 
@@ -335,7 +333,7 @@ def test_settings_from_a_file_and_a_plain_text_model(folder, capsys, tmp_path):
     full = from_pretrained(folder / "model").eval()  # the text head is the same with the speech modules and without
     plain = sample.load(folder / "text", False).eval()
     ids = torch.arange(30)[None]
-    torch.testing.assert_close(full(ids, logits=slice(None)).text_logits, plain(ids, logits=slice(None)).text_logits)
+    torch.testing.assert_close(full.text_logits(full(ids).text), plain.text_logits(plain(ids).text))
 
 
 @pytest.mark.parametrize("args, message", [

@@ -6,8 +6,8 @@ import zlib
 import numpy as np
 import pytest
 
-import data
 from corpora import books, small
+from data import open_source
 
 
 def r_object(lines, version=3, kind=16):
@@ -126,7 +126,7 @@ def test_the_whole_corpus(made):
     out, arguments = made
     about = json.loads((out / "units.json").read_text())
     assert about["chosen"] == "mel" and 0.2 < about["of"]["mel"]["phone_purity"] < 1
-    train, test, cloze = (data.open_source("interleaved", [out / x]).shards[0] for x in SETS)
+    train, test, cloze = (open_source("interleaved", [out / x]).shards[0] for x in SETS)
     assert [x.meta["documents"] for x in (train, test)] == [12, 12] and cloze.meta["documents"] == 36
     for i in range(12):  # opening and true ending are the passage
         whole, parts = test.document(i), [cloze.document(3 * i + j) for j in (0, 1)]

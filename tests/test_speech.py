@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import speech
 from corpora import demo
+from runtime import datasets
+from runtime.tokenizer import Tokenizer
 
 TEXT = "Once there was a little dog. It was of the king, and ran into the barn."
 
@@ -139,13 +140,13 @@ def test_the_hiss_is_as_loud_as_said_and_the_same_each_time(spoken):
 
 
 def test_demo_sets_fit_together(demo_folder):
-    tokenizer = data.Tokenizer(demo_folder / "tokenizer.json")
+    tokenizer = Tokenizer(demo_folder / "tokenizer.json")
     units = json.loads((demo_folder / "units" / "units.json").read_text())
     texts = {}
     for name in ("paired", "val", "test", "cloze"):
-        opened = data.open_set(demo_folder / name, tokenizer.hash, units["hash"], full=True)
+        opened = datasets.open_set(demo_folder / name, tokenizer.hash, units["hash"], full=True)
         texts[name] = [tokenizer.decode(opened.document(i)[0][:-1]) for i in range(opened.meta["documents"])]
-    text = data.open_set(demo_folder / "text", tokenizer.hash, full=True)
+    text = datasets.open_set(demo_folder / "text", tokenizer.hash, full=True)
     texts["text"] = tokenizer.decode(text.text).split("<|endoftext|>")[:-1]
     assert [len(texts[n]) for n in ("text", "paired", "val", "test")] == [120, 40, 12, 24]
     everything = [t for n in ("text", "paired", "val", "test") for t in texts[n]]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-import report
 import study
+from benchmarks import report
 
 STUDY = dict(runs=dict(ours=("Ours", "config/train_tiny.py"),
                        theirs=("Theirs", "config/baseline_tiny.py --beta=0.5")),

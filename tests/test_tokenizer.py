@@ -7,7 +7,7 @@ import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data import Tokenizer, byte_alphabet
+from runtime.tokenizer import Tokenizer, byte_alphabet
 
 PROSE = """It was a bright cold day in April, and the clocks were striking 13. "You'll see," she said -- "won't you?"
     I've counted 1,234.50 of them (twice!); they're café-goers, naïve ones.\tIt's 7:45pm...\r\n\n\n  The end.  """

@@ -1,0 +1,45 @@
+"""BLiMP: of two sentences that differ in one point of grammar, the model should prefer the acceptable one."""
+from pathlib import Path
+
+from benchmarks.report import OTHER_MEASURE, accuracy, by_group, right_by
+from runtime.files import parse_json, read_text
+
+KEYS = dict(good="sentence_good", bad="sentence_bad", field="field", phenomenon="linguistics_term", paradigm="UID")
+
+
+def read(folder):
+    """[{good, bad, field, phenomenon, paradigm}] from the .jsonl files of a folder. ValueError names file and line."""
+    files = sorted(Path(folder).glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{folder}: no .jsonl files; give the folder of BLiMP's 67")
+    items = []
+    for file in files:
+        for number, line in enumerate(read_text(file).removesuffix("\n").split("\n"), 1):
+            record = parse_json(line, f"{file}:{number}", dict)
+            for key in KEYS.values():
+                if not isinstance(record.get(key), str) or not record[key].isprintable():
+                    raise ValueError(f"{file}:{number}: not an item of BLiMP ({key} is no line of text)")
+                if not record[key].strip():
+                    raise ValueError(f"{file}:{number}: empty sentence: {key}")
+            items.append({name: record[key] for name, key in KEYS.items()})
+    return items
+
+
+def score(evaluator, folder, protocol):
+    """Accuracy over all pairs, by field, by phenomenon and by paradigm."""
+    pairs = read(folder)
+    evaluator.used += sorted(Path(folder).glob("*.jsonl"))
+    start = [evaluator.tokenizer.eos] if protocol["bos"] else []
+    sequences = []
+    for pair in pairs:
+        sequences += [start + evaluator.tokenizer.encode(pair["good"]), start + evaluator.tokenizer.encode(pair["bad"])]
+    spans = [(1, len(sequence)) for sequence in sequences]
+    total, count = evaluator.log_likelihood(sequences, spans, candidates=2)
+
+    measure, other = protocol["score"], OTHER_MEASURE[protocol["score"]]
+    answers = right_by(total, count, protocol["ties"])
+    right = answers[measure]
+    result = dict(accuracy(right), **{f"by_{other}": accuracy(answers[other])["accuracy"]})
+    for key in ("field", "phenomenon", "paradigm"):
+        result[f"by_{key}"] = by_group(right, [pair[key] for pair in pairs])
+    return result, dict(right=right, total=total, tokens=count)

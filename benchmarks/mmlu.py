@@ -1,0 +1,61 @@
+"""MMLU, zero-shot, in SmolLM's cloze form: the choices themselves are scored as continuations of the question."""
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.report import best_is, by_group, over_groups
+from runtime.files import read_csv
+
+PROMPT = "The following are questions about {subject}.\nQuestion: {question}\nAnswer:"
+
+
+def read(path):
+    """[{subject, question, choices, answer}] of a .csv or .csv.xz; answer is the index of the right choice.
+
+    The file has the columns subject, question, A, B, C, D and answer, which holds the letter or the index.
+    ValueError names file and item.
+    """
+    items = []
+    for number, (_, row) in enumerate(read_csv(path, ("subject", "question", *"ABCD", "answer")), 1):
+        answer = row["answer"].strip()
+        if answer not in [*"ABCD", *"0123"]:
+            raise ValueError(f"{path}: item {number}: not an item of MMLU (answer {answer[:60]!r}: not A to D)")
+        for key in ("subject", "question", *"ABCD"):
+            if not row[key].strip():
+                raise ValueError(f"{path}: item {number}: empty {key}")
+        items.append(dict(subject=row["subject"], question=row["question"], choices=[row[key] for key in "ABCD"],
+                          answer="ABCD0123".index(answer) % 4))
+    return items
+
+
+def score(evaluator, path, protocol):
+    """acc (by summed log-likelihood) and acc_norm (by sum per character): means over subjects, and each by subject."""
+    items = read(path)
+    evaluator.used.append(Path(path))
+    tokenizer, longest = evaluator.tokenizer, evaluator.model.config.max_position_embeddings
+    start = [tokenizer.eos] if protocol["bos"] else []
+    sequences, spans, cut = [], [], 0
+    for item in items:
+        prompt = PROMPT.format(subject=item["subject"].replace("_", " "), question=item["question"])
+        context = start + tokenizer.encode(prompt)
+        choices = [tokenizer.encode(" " + choice) for choice in item["choices"]]
+        room = longest + 1 - max(map(len, choices))  # the last token of a sequence is a target only
+        cut += len(context) > room
+        context = context[-room:]  # a question that is too long loses its beginning, for all its choices
+        for choice in choices:
+            sequences.append(context + choice)
+            spans.append((len(context), len(context) + len(choice)))
+    total, count = evaluator.log_likelihood(sequences, spans, candidates=4)
+
+    scores = total.reshape(-1, 4)  # [items, choices]
+    characters = np.array([[len(choice) for choice in item["choices"]] for item in items])
+    answer = np.array([item["answer"] for item in items])
+    subjects = [item["subject"] for item in items]
+    right = {"acc_norm": best_is(scores / characters, answer, protocol["ties"]),
+             "acc": best_is(scores, answer, protocol["ties"])}
+    result, arrays = dict(cut_questions=cut), {}
+    for name, answers in right.items():
+        result[name] = over_groups(answers, subjects)
+        result[f"{name}_by_subject"] = by_group(answers, subjects)
+        arrays[f"{name}.right"] = answers
+    return result, arrays | dict(total=scores, tokens=count)

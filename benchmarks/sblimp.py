@@ -1,0 +1,98 @@
+"""sBLIMP of ZeroSpeech 2021 (task sLM21): BLiMP's question, asked with spoken sentences in several voices."""
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.hear import hear_files
+from benchmarks.report import OTHER_MEASURE, accuracy, best_is, by_group
+from data import prompt_sequence
+from runtime.files import read_csv
+
+
+def read(path):
+    """The rows of a gold.csv as dicts, each sentence with its counterpart. ValueError names file, line and fault."""
+    rows = read_csv(path, ("id", "filename", "voice", "type", "subtype", "correct"))
+    filenames, sentences = set(), set()
+    for number, row in rows:
+        if row["correct"] not in ("0", "1"):
+            raise ValueError(f"{path}:{number}: not a row of sBLIMP's gold.csv (correct is {row['correct'][:60]!r})")
+        sentence = (row["type"], row["subtype"], row["id"], row["voice"], int(row["correct"]))
+        if row["filename"] in filenames:
+            raise ValueError(f"{path}:{number}: filename {row['filename'][:200]!r} stands here a second time")
+        if sentence in sentences:
+            raise ValueError(f"{path}:{number}: a second sentence {sentence}")
+        if not (row.get("transcription") or "-").strip():
+            raise ValueError(f"{path}:{number}: empty sentence")
+        filenames.add(row["filename"])
+        sentences.add(sentence)
+    for *about, correct in sorted(sentences):
+        if (*about, 1 - correct) not in sentences:
+            raise ValueError(f"{path}: missing the counterpart of {(*about, correct)}")
+    return [row for _, row in rows]
+
+
+def table(rows, scores, ties="share"):
+    """(result, answers float64 [pairs]) from the rows of gold.csv and {filename: score}.
+
+    A pair is averaged over its voices. Then come the mean over pairs, as on the leaderboard, and in by_type_mean the
+    unweighted mean over types, as in the authors' release.
+    """
+    spoken = {}  # {(pair, voice): [score of the right sentence, score of the wrong one]}
+    for row in rows:
+        pair = (row["type"], row["subtype"], row["id"])
+        both = spoken.setdefault((pair, row["voice"]), [0.0, 0.0])
+        both[1 - int(row["correct"])] = scores[row["filename"]]
+    answers = best_is(np.array([*spoken.values()]), 0, ties)
+    by_pair = {}
+    for (pair, _), answer in zip(spoken, answers):
+        by_pair.setdefault(pair, []).append(answer)
+    right = np.array([np.mean(of_voices) for of_voices in by_pair.values()])
+
+    by_type = by_group(right, [kind for kind, _, _ in by_pair])
+    by_type_mean = float(np.mean([group["accuracy"] for group in by_type.values()]))
+    by_voice = by_group(answers, [voice for _, voice in spoken])
+    return dict(accuracy(right), by_type_mean=by_type_mean, by_type=by_type, by_voice=by_voice), right
+
+
+def score(evaluator, folder, protocol):
+    """Results of dev, and of test where it has a gold.csv. Writes submission files for both."""
+    result, items = {}, {}
+    for split in ("dev", "test"):
+        if (part := Path(folder) / "syntactic" / split).is_dir():
+            found, arrays = score_split(evaluator, part, protocol)
+            result |= {split: found} if found else {}
+            items |= {f"{split}.{name}": array for name, array in arrays.items()}
+    if not items:
+        raise ValueError(f"{folder}: no syntactic/dev or syntactic/test inside")
+    return result, items
+
+
+def score_split(evaluator, folder, protocol):
+    """The same for one folder, dev or test. Without a gold.csv the result is None."""
+    wavs, gold, rows = sorted(folder.glob("*.wav")), folder / "gold.csv", []
+    if gold.exists():
+        evaluator.used.append(gold)
+        rows, spoken = read(gold), {path.stem for path in wavs}
+        for row in rows:
+            if row["filename"] not in spoken:
+                raise ValueError(f"{folder / row['filename']}.wav: missing, though gold.csv names it")
+
+    sequences, spans = [], []
+    for units in hear_files(evaluator, wavs):
+        sequence, span = prompt_sequence([], units, ("speech", "speech"), evaluator.model.config, protocol["bos"])
+        sequences.append(sequence)
+        spans.append(span)
+    total, count = evaluator.log_likelihood(sequences, spans, folder.name)
+
+    means, names = total / np.maximum(count, 1), [path.stem for path in wavs]
+    scores = {"sum": dict(zip(names, total.tolist())), "mean": dict(zip(names, means.tolist()))}
+    measure, other = protocol["score"], OTHER_MEASURE[protocol["score"]]
+    if evaluator.world.rank == 0:
+        submission = evaluator.path.with_name(f"{evaluator.path.stem}.sblimp.{folder.name}.txt")
+        submission.write_text("".join(f"{name} {value!r}\n" for name, value in scores[measure].items()))
+    arrays = dict(total=total, tokens=count)
+    if not rows:
+        return None, arrays
+    result, right = table(rows, scores[measure], protocol["ties"])
+    result[f"by_{other}"] = table(rows, scores[other], protocol["ties"])[0]["accuracy"]
+    return result, arrays | dict(right=right)

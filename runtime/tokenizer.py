@@ -1,0 +1,142 @@
+"""
+The text tokenizer: a SmolLM-style tokenizer.json, read by tiktoken.
+"""
+import hashlib
+import json
+import re
+import reprlib
+import warnings
+
+import tiktoken
+
+from runtime.files import DataError, get_field, one_line, read_json
+
+LONGEST_SPACE = 100_000  # whitespace characters in a row; a million would overflow tiktoken's regular expressions
+
+# SmolLM first cuts out every digit (any Unicode number) and then applies the GPT-2 pattern to the text in between. This
+# one pattern does the same. \p{N} takes one digit at a time. A run of whitespace leaves its last character to the word
+# that follows it. Before a digit the run is kept whole, because there the GPT-2 pattern sees the end of its text.
+SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+# The fields of tokenizer.json that decide how a text is cut and merged, and the values that give our ids. The value
+# None stands for a field that is missing.
+SMOLLM_FIELDS = {
+    "normalizer": [None],
+    "pre_tokenizer.type": ["Sequence"],
+    "pre_tokenizer.pretokenizers.0.type": ["Digits"],
+    "pre_tokenizer.pretokenizers.0.individual_digits": [True],
+    "pre_tokenizer.pretokenizers.1.type": ["ByteLevel"],
+    "pre_tokenizer.pretokenizers.1.add_prefix_space": [False],
+    "pre_tokenizer.pretokenizers.1.use_regex": [True, None],
+    "pre_tokenizer.pretokenizers.2": [None],
+    "model.type": ["BPE"],
+    "model.dropout": [None],
+    "model.unk_token": [None],
+    "model.continuing_subword_prefix": [None, ""],
+    "model.end_of_word_suffix": [None, ""],
+    "model.byte_fallback": [False, None],
+}
+
+
+def byte_alphabet():
+    """{character: byte}: the printable character that stands for each byte in a GPT-2 style vocabulary."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def read_smollm_tokenizer(path):
+    """Read a SmolLM-style tokenizer.json -> (vocabulary {bytes: id}, special tokens {name: id}).
+
+    DataError for a tokenizer of any other kind, because our Tokenizer would give other ids.
+    """
+    def check(condition, field, fault, remedy="take the tokenizer.json of a SmolLM model"):
+        if not condition:
+            raise DataError(f"{path}: {field} {fault}; {remedy}")
+
+    try:
+        spec = read_json(path)
+    except ValueError as error:
+        raise DataError(f"{error}; copy tokenizer.json from the model again") from None
+    for field, allowed in SMOLLM_FIELDS.items():
+        value = get_field(spec, field)
+        check(value in allowed, field, f"is {reprlib.repr(value)}, but SmolLM's is {allowed[0]!r}")
+    try:
+        added, vocab = spec["added_tokens"], spec["model"]["vocab"]
+        only_specials = all(token.get("special") is True and token["content"].isprintable() for token in added)
+        specials = {token["content"]: token["id"] for token in added}
+        ids, agree = sorted((vocab | specials).values()), vocab | specials == specials | vocab
+        vocab = {token: i for token, i in vocab.items() if token not in specials}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
+        merged, parts = [left + right for left, right in merges], {part for pair in merges for part in pair}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a SmolLM tokenizer ({one_line(error)}); copy it from the model again") from None
+
+    # HF finds an added token that is not special inside any text, where our Tokenizer would see its letters.
+    check(only_specials, "added_tokens", "holds more than special tokens")
+    check("<|endoftext|>" in specials, "added_tokens", "has no <|endoftext|>, the end of a document", "add it")
+    check(agree and ids == list(range(len(ids))) and all(type(i) is int for i in ids), "model.vocab",
+          "does not give every id from 0 on, with added_tokens, to one token")
+    alphabet = byte_alphabet()
+    check("" not in vocab and alphabet.keys() >= set("".join(vocab)), "model.vocab", "has tokens without bytes")
+    # tiktoken knows no merges. It joins the two neighbours whose union has the lowest id. The result is the same if
+    # each longer token is made by exactly one merge, and if the ids rise in the order of the merges.
+    by_id = sorted((token for token in vocab if len(token) > 1), key=vocab.get)
+    check(merged == by_id and parts <= vocab.keys(), "model.merges",
+          "does not make the tokens of model.vocab one by one in the order of ids")
+    return {bytes(alphabet[c] for c in token): i for token, i in vocab.items()}, specials
+
+
+class Tokenizer:
+    """The byte-level BPE of a SmolLM-style tokenizer.json. It gives the ids of HF tokenizers at the speed of tiktoken.
+
+    vocab_size    the number of ids, including the special tokens
+    eos           the id of <|endoftext|>
+    hash          16 hex digits over everything that decides ids
+
+    The name of a special token inside a text is encoded as letters, never as the special token. SmolLM's vocabulary
+    lacks 21 single bytes (six control characters, and bytes that no assigned character has). They are left out, as HF
+    does, with a warning. One known difference: 13 digits that are newer than tiktoken's Unicode tables (U+11DE0-9 and
+    U+16FF4-6) count as symbols. DataError if the file is of another kind.
+    """
+
+    def __init__(self, path):
+        vocab, specials = read_smollm_tokenizer(path)
+        self.vocab_size = 1 + max(*vocab.values(), *specials.values())
+        self.eos = specials["<|endoftext|>"]
+        rules = [SMOLLM_PATTERN, sorted((i, token.hex()) for token, i in vocab.items()), sorted(specials.items())]
+        self.hash = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
+        self._bytes = {i: token for token, i in vocab.items()} | {i: name.encode() for name, i in specials.items()}
+        # tiktoken panics at a byte without an id, so missing bytes borrow ids past the end. encode() drops these ids.
+        borrowed = {bytes([byte]): self.vocab_size + byte for byte in range(256) if bytes([byte]) not in vocab}
+        self._bpe = tiktoken.Encoding("smollm", pat_str=SMOLLM_PATTERN, mergeable_ranks=vocab | borrowed,
+                                      special_tokens={})
+
+    def encode(self, text):
+        """The ids of a text, list[int], without EOS. ValueError for more than LONGEST_SPACE whitespace in a row."""
+        if len(text) > LONGEST_SPACE and any(len(run[0]) > LONGEST_SPACE for run in re.finditer(r"\s+", text)):
+            raise ValueError(f"text with too much space: more than {LONGEST_SPACE} whitespace characters in a row")
+        ids = self._bpe.encode_ordinary(text)
+        if max(ids, default=0) < self.vocab_size:
+            return ids
+        for byte in sorted({i - self.vocab_size for i in ids if i >= self.vocab_size}):
+            warnings.warn(f"byte 0x{byte:02X} is not in the vocabulary of the text tokenizer: dropped", stacklevel=2)
+        return [i for i in ids if i < self.vocab_size]
+
+    def encode_words(self, words):
+        """The ids of each word of a document: list[str] -> list[list[int]]. Together they are those of " ".join(words).
+
+        Every word but the first carries the space before it. ValueError if a word is not as str.split() gives it.
+        """
+        for word in words:
+            if word.split() != [word]:
+                raise ValueError(f"{word!r} is not one word: split the text at whitespace, as str.split() does")
+        return [self.encode(" " + word if i else word) for i, word in enumerate(words)]
+
+    def decode_bytes(self, ids):
+        """The bytes that ids (integers of any type) stand for; a special token gives its name. KeyError: no such id."""
+        return b"".join(self._bytes[int(i)] for i in ids)
+
+    def decode(self, ids):
+        """The text of ids. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
