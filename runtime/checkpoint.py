@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from runtime.files import read_json
+from runtime.files import one_line, read_json
 
 
 def checkpoints(out_dir):
@@ -30,15 +30,17 @@ def fault(folder, to_train=True):
 
     to_train: is it to be trained further, or are the weights all that is needed?
     """
-    try:
-        read_json(folder / "config.json")
-        if to_train:
-            read_json(folder / "train.json")
-        for name in ("model", "speech", "optimizer") if to_train else ("model", "speech"):
+    for name in ("config", "train") if to_train else ("config",):
+        try:
+            read_json(folder / f"{name}.json")
+        except ValueError as error:
+            return str(error)
+    for name in ("model", "speech", "optimizer") if to_train else ("model", "speech"):
+        try:
             with safe_open(folder / f"{name}.safetensors", "pt"):  # reads the header, and compares the file's size
                 pass
-    except (ValueError, OSError, SafetensorError) as error:
-        return str(error)
+        except (OSError, SafetensorError) as error:
+            return f"{name}.safetensors: {one_line(error)}"
     return ""
 
 

@@ -31,7 +31,6 @@ from data import kinds_of
 from model import SmolTolk
 from runtime.checkpoint import checkpoints, fault, newest, prune
 from runtime.distributed import ALONE
-from runtime.files import replace_file, whole_folder
 from runtime.log import Log, flat, read_log, spikes
 
 LAUNCHER = ROOT / "launch.py"
@@ -433,27 +432,6 @@ def test_spikes_are_found():
     assert spikes(lines[99] | dict(text_nll=4.0), lines[:99]).keys() == {"text_nll"}
     assert not spikes(lines[99] | dict(text_nll=4.0, stage="b"), lines[:99])  # another stage, another level
     assert not spikes(lines[99] | dict(text_nll=1.0), lines[:99])  # better is no spike
-
-
-def test_a_folder_is_whole_or_not_there(tmp_path):
-    out = tmp_path / "a" / "b"
-    with whole_folder(out) as folder:
-        (folder / "x").write_text("x")
-        assert not out.exists()
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "c") as folder:
-        (folder / "x").write_text("x")
-        raise ZeroDivisionError
-    with pytest.raises(OSError), whole_folder(out) as folder:
-        (folder / "y").write_text("y")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "x"]
-
-
-def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
-    replace_file(tmp_path / "x", "old")
-    monkeypatch.setattr("runtime.files.to_disk", interrupted(print, 1, FULL))
-    with pytest.raises(SystemExit, match="x: cannot be written .No space left on device.; make room there$"):
-        replace_file(tmp_path / "x", "new")
-    assert (tmp_path / "x").read_text() == "old"
 
 
 def test_which_checkpoints_stay(tmp_path):

@@ -246,7 +246,7 @@ def test_equal_tokens_and_equal_compute():
             for kind, parts in stage["mixture"].items():
                 n = stage["steps"] * c["batch_tokens"] * parts / sum(stage["mixture"].values())
                 rows = n / c["sequence_length"]
-                scored = dict(text=(rows, n, 0), speech=(0, 0, n), interleaved=(0, 0.29 * n, 0.69 * n))[kind]
+                scored = dict(text=(False, n, 0), speech=(True, 0, n), interleaved=(True, 0.29 * n, 0.69 * n))[kind]
                 backbone, new = model.forward_flops(config, rows, c["sequence_length"], *scored)
                 flops += backbone * (2 if stage["train"] == "new" else 3) + new * 3
         return tokens, flops
