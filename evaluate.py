@@ -38,7 +38,7 @@ from benchmarks.storycloze import score as score_stories
 from configurator import configure
 from data import open_source, sample
 from model import SmolTolk, count_parameters, from_pretrained, make_layout
-from runtime.checkpoint import newest
+from runtime.checkpoint import made_with, newest
 from runtime.distributed import ALONE, World, all_sum, join_world, leave_world, on_first
 from runtime.files import digest, read_json
 from runtime.tokenizer import Tokenizer
@@ -355,13 +355,6 @@ def newest_checkpoint(folder):
         raise SystemExit(f"{folder}: no {'good ' if bad else ''}checkpoint here; give --checkpoint=FOLDER of a run or"
                          f" of a model")
     return found
-
-
-def made_with(folder):
-    """(hash of the tokenizer, hash of the units) that a checkpoint was trained with; None where it does not say."""
-    tokenizer, units_json = folder / "tokenizer.json", folder / "units.json"
-    return (Tokenizer(tokenizer).hash if tokenizer.exists() else None,
-            read_json(units_json).get("hash") if units_json.exists() else None)
 
 
 def check_spans(settings):

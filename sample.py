@@ -28,8 +28,9 @@ import torch
 
 from configurator import configure
 from data import prompt_sequence
-from evaluate import made_with, newest_checkpoint
+from evaluate import newest_checkpoint
 from model import TEXT_ONLY, from_pretrained, new_cache
+from runtime.checkpoint import made_with
 from runtime.devices import pick_device
 from runtime.tokenizer import Tokenizer
 

@@ -10,7 +10,8 @@ The benchmarks of the paper, one module each: `read` opens what its authors rele
                   paired data set (see data.py) whose documents come in threes: opening, true ending, wrong ending
     librispeech   data sets with speech or text; the negative log-likelihood of their documents
 
-`hear` turns sound files into speech units and keeps them. `report` has the statistics and the tables.
+`hear` turns sound files into speech units and keeps them. `utterances` has the words of utterances, for analyze.py.
+`report` has the statistics and the tables.
 
 A reader returns plain lists and dicts. It raises a ValueError that names the file, the line and the fault.
 `score(evaluator, place, protocol)` takes an evaluate.Evaluator, the path of the data and the protocol of the task. It

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from runtime.files import one_line, read_json
+from runtime.tokenizer import Tokenizer
 
 
 def checkpoints(out_dir):
@@ -76,6 +77,13 @@ def set_aside(bad):
         aside = folder.with_name(f"bad-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
+
+
+def made_with(folder):
+    """(hash of the tokenizer, hash of the units) that a checkpoint was trained with; None where it does not say."""
+    tokenizer, units_json = folder / "tokenizer.json", folder / "units.json"
+    return (Tokenizer(tokenizer).hash if tokenizer.exists() else None,
+            read_json(units_json).get("hash") if units_json.exists() else None)
 
 
 def identify(sources, tokenizer, units):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import analyze
 import speech
+from benchmarks import utterances as reading
 from data import open_source, uniform
 from model import Config, SmolTolk, forward_flops, make_layout, save_pretrained
 from runtime.datasets import open_set, write_set
@@ -64,7 +65,7 @@ def spoken(words, durations=None):
     """An Utterance of words with so many units each."""
     offsets = np.cumsum([0, *words])
     lasted = np.ones(offsets[-1]) if durations is None else np.asarray(durations)
-    return analyze.Utterance(np.zeros(offsets[-1], np.int64), ["w"] * len(words), offsets,
+    return reading.Utterance(np.zeros(offsets[-1], np.int64), ["w"] * len(words), offsets,
                              np.append(0, np.cumsum(lasted)) * 0.04, None)
 
 
@@ -382,7 +383,7 @@ def test_utterances_of_a_paired_set(world):
     durations = json.loads((world[0] / "units.json").read_text())["durations"]
     assert np.diff(whole[2].starts) == pytest.approx([durations[i] / 25 for i in units[:-1]])
     model.net.config.max_position_embeddings = 41
-    pieces = list(analyze.read_paired(world[1] / "test", model, c))
+    pieces = list(reading.read_paired(world[1] / "test", model, c))
     assert max(len(u.units) for u in pieces) <= 40 and len(pieces) > len(whole)
     assert np.concatenate([u.units for u in pieces]).tolist() == np.concatenate([u.units for u in whole]).tolist()
     assert sum((u.words for u in pieces), []) == sum((u.words for u in whole), [])
