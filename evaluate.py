@@ -124,9 +124,10 @@ def make_batches(rows, batch_tokens):
     """Rows of similar length together, the longest first, in batches of at most batch_tokens positions."""
     rows, batches = sorted(rows, key=lambda row: -len(row.ids)), []
     while rows:
-        n = max(1, batch_tokens // len(rows[0].ids))
-        batches.append(rows[:n])
-        rows = rows[n:]
+        longest = len(rows[0].ids)
+        similar = [row for row in rows[:max(1, batch_tokens // longest)] if len(row.ids) >= 0.9 * longest]
+        batches.append(similar)
+        rows = rows[len(similar):]
     return batches
 
 

@@ -161,7 +161,7 @@ def make_masks(is_speech, slots, branch=None, cache=None):
     """
     if cache is not None:
         is_speech = cache.is_speech.index_copy_(1, slots, is_speech)      # [B, S]
-    slot = torch.arange(is_speech.size(1), device=slots.device)           # [S]
+    slot = torch.arange(is_speech.size(1), device=slots.device, dtype=torch.int32)  # [S]
     itself = slot == slots[:, None]                                       # [T, S]
     seen = (slot <= slots[:, None])[None]                                 # [1, T, S], causal
     if cache is not None:
@@ -182,7 +182,7 @@ def attend(q, k, v, mask=None, runs=None):
     """
     if runs is not None:
         return attend_runs(*(t.flatten(0, 1) for t in (q, k, v)), runs, q.size(1)).view(q.shape)
-    if q.is_cuda and q.dtype == torch.float32:  # CUDA's kernels that save memory want as many key heads as query heads
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # CUDA's kernel that saves memory has equal heads
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, head_dim]
     mask = None if mask is None else mask[:, None]    # [1 or B, 1, T, S]
@@ -299,9 +299,9 @@ def make_layout(ids, targets, config):
     starts = torch.ones_like(is_speech)  # a run never crosses a row
     starts[:, 1:] = is_speech[:, 1:] != is_speech[:, :-1]
     runs = starts.flatten().nonzero()[:, 0]
-    # torch.compile wants one shape, so empty runs are appended. There are far fewer than one run in eight positions;
-    # only spans of a word or two might give more, and then there is room for one run at each position.
-    size = ids.numel() // 8 if len(runs) <= ids.numel() // 8 else ids.numel()
+    # torch.compile wants few shapes, so empty runs are appended. There is about one run in 40 positions, more only where
+    # spans have few words.
+    size = next(size for size in (ids.numel() // 32, ids.numel() // 8, ids.numel()) if len(runs) <= size)
     return Layout(text, speech, F.pad(runs, (0, size + 1 - len(runs)), value=ids.numel()).int())
 
 
@@ -443,6 +443,8 @@ def nll(x, weight, targets):
 
     Logits are the largest tensors of all (n x 49152). Many come in pieces, and are computed again in backward.
     """
+    weight = weight.view_as(weight)  # autocast keeps its copy of a parameter, and would sum up gradients in that
+
     def of_piece(x, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
 

@@ -173,7 +173,8 @@ def train(run, model, place):
                 del out, loss  # otherwise hidden states would live on into the next forward pass
             norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
 
-            finite = bool(norm.isfinite() & sums.isfinite().all())
+            norm, *sums = torch.stack([norm, *sums]).tolist()  # here the CPU waits for the GPU, once a step
+            finite = bool(np.isfinite([norm, *sums]).all())
             broken, stop = (all_sum([not finite, len(run.heard)], world) > 0).tolist()
             if broken:
                 stop_not_finite(run, model, stage, number, place, [] if finite else batches)
@@ -183,7 +184,7 @@ def train(run, model, place):
             flops = step_flops(model.config, batches, stage) * world.size
             place |= dict(step=step + 1, total=place["total"] + 1, tokens=place["tokens"] + c.batch_tokens,
                           flops=place["flops"] + flops)
-            log.add(sums, (n_text, n_speech), float(norm), flops)
+            log.add(sums, (n_text, n_speech), norm, flops)
             if is_due(c.log_interval, place, stage):
                 log.step(place, name, shown_rates(stage, factor))
             paused = time.perf_counter()
@@ -539,8 +540,6 @@ def check_stage(name, stage):
             raise SystemExit(f"stages.{name}.mixture: {kind}={parts!r}; give text, speech, interleaved in whole parts")
     if not stage["mixture"] or stage["train"] not in ("all", "new", "text"):
         raise SystemExit(f"stages.{name}: needs a mixture, and train is 'all', 'new' or 'text', not {stage['train']!r}")
-    if stage["train"] == "text" and set(stage["mixture"]) != {"text"}:
-        raise SystemExit(f"stages.{name}: train='text' trains the backbone alone, so its mixture holds only text")
     if stage["steps"] < 1 or stage["warmup"] < 0 or not 0 <= stage["decay"] <= 1 or not (
             0 <= stage["learning_rate"] < np.inf and 0 <= stage["speech_learning_rate"] < np.inf):
         raise SystemExit(f"stages.{name}: give steps of 1 or more, warmup and learning rates of 0 or more, decay 0..1")

@@ -109,7 +109,7 @@ def differences(saved, now, may_change):
     may_change   names of settings. So may held-out data, since training stays the same, and where any data lies.
     """
     refused, changed = {}, {}
-    for name in sorted((saved["settings"].keys() | now["settings"].keys()) - {"resume", "out_dir"}):
+    for name in sorted((saved["settings"].keys() | now["settings"].keys()) - {"resume", "replay", "out_dir"}):
         was, is_ = saved["settings"].get(name), now["settings"].get(name)
         if was != is_:
             (changed if name in may_change else refused)[name] = [was, is_]

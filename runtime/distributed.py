@@ -32,9 +32,12 @@ def join_world(device_name):
     if name == "cuda":
         torch.cuda.set_device(world.device)
     if "RANK" in os.environ:
+        store, *_ = next(dist.rendezvous("env://", rank, size))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, with dead addresses in it
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         # gloo adds up numbers that are on the CPU, so that no process waits for its GPU to count targets
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
-                                device_id=world.device if name == "cuda" else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=size, device_id=world.device if name == "cuda" else None)
     return world
 
 

@@ -49,7 +49,7 @@ class Log:
     def add(self, losses, counts, norm, flops):
         """Add one step. losses: this process's sums [text nll, speech nll, entropy]; counts: all text, speech targets.
         """
-        self.sums += torch.cat([losses.detach().cpu().double(), torch.tensor(counts, dtype=torch.double)])
+        self.sums += torch.tensor([*losses, *counts], dtype=torch.double)
         self.norm, self.flops, self.steps = max(self.norm, norm), self.flops + flops, self.steps + 1
 
     def step(self, place, stage_name, rates):

@@ -328,6 +328,29 @@ def children_of(process):
             for pid in listed.read_text().split()]
 
 
+RESTARTED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from runtime.distributed import all_sum, join_world
+world = join_world("cpu")
+assert all_sum([world.rank + 1], world).item() == 3
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+if world.rank == 1 and attempt in "01":
+    os._exit(3)
+all_sum([1], world)
+print(f"{attempt}:{world.rank}", flush=True)
+"""
+
+
+def test_torchrun_starts_all_again(tmp_path):
+    """Twice: the store of torchrun outlives a restart, and the new processes must not find the dead ones in it."""
+    (tmp_path / "script.py").write_text(RESTARTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=2",
+               f"--master_port={free_port()}", str(tmp_path / "script.py"), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0 and sorted(done.stdout.split()) == ["2:0", "2:1"], done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what a run goes on from
 
