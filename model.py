@@ -299,8 +299,8 @@ def make_layout(ids, targets, config):
     starts = torch.ones_like(is_speech)  # a run never crosses a row
     starts[:, 1:] = is_speech[:, 1:] != is_speech[:, :-1]
     runs = starts.flatten().nonzero()[:, 0]
-    # torch.compile wants few shapes, so empty runs are appended. There is about one run in 40 positions, more only where
-    # spans have few words.
+    # torch.compile wants few shapes, so empty runs are appended. There is about one run in 40 positions; only spans
+    # of few words give more.
     size = next(size for size in (ids.numel() // 32, ids.numel() // 8, ids.numel()) if len(runs) <= size)
     return Layout(text, speech, F.pad(runs, (0, size + 1 - len(runs)), value=ids.numel()).int())
 
