@@ -243,10 +243,10 @@ def test_long_arrays_are_checked_in_samples(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "FULL_CHECK", 1 << 17)
     array = np.arange(3 << 22)
     seen = np.zeros(len(array), bool)
-    for piece in data.pieces(array, full=False):
+    for piece in datasets.pieces(array, full=False):
         seen[piece] = True
     assert seen[0] and seen[-1] and 0.3 < seen.mean() < 0.4
-    pairs = np.concatenate([np.stack([piece[:-1], piece[1:]], 1) for piece in data.pieces(array, full=True)])
+    pairs = np.concatenate([np.stack([piece[:-1], piece[1:]], 1) for piece in datasets.pieces(array, full=True)])
     assert np.array_equal(pairs, np.stack([array[:-1], array[1:]], 1))  # each difference of neighbours is seen once
 
     datasets.write_set(tmp_path / "set", "text", np.full((1 << 16, 99), 5), TOKENIZER)
