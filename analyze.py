@@ -60,7 +60,7 @@ points = 10_000                 # subsequences in a batch, or fewer if the data 
 batches = 5                     # disjoint batches
 clip = 0.95                     # clip elements at this quantile of their absolute values, layer by layer
 max_rank = 2**13                # dimension: rank of the farthest neighbour
-scale = 0                       # neighbour rank n, a power of 2, at which the dimension is read; 0: at the plateau
+scale = 0                       # neighbour rank n, a power of 2, at which the dimension is read off; 0: the plateau
 components = 50                 # overlap: principal components
 bootstrap = 50                  # overlap: bootstrap samples for the band
 metrics = "nll/speech/speech,topic_cloze/S/accuracy,topic_cloze/T->S/accuracy,topic_cloze/S->T/accuracy"  # scaling
@@ -421,7 +421,9 @@ def print_segmentation(rows):
     for row in rows:
         if row["model"] and "the last" not in row["method"]:
             continue
-        if title != (title := f"within {row['within']}, {row['matching']} matching, %"):
+        its_title = f"within {row['within']}, {row['matching']} matching, %"
+        if title != its_title:
+            title = its_title
             print(f"\n{title:52}  setting  precision  recall     F1  R-value")
         print(f"{row['model']:20}{row['method']:32}{row['setting']:9.3g}{row['precision']:11.1f}{row['recall']:8.1f}"
               f"{row['f1']:7.1f}{row['r_value']:9.1f} ± {row['r_value_stderr']:.1f}")
@@ -516,7 +518,8 @@ def neighbour_distances(x, ranks, device="cpu", at_once=1 << 24):
 def squared_distances(x, norms, rows, ranks):
     """Squared distances of the points `rows` of x [N, D] to their neighbours of given ranks -> float64 [rows, ranks].
 
-    |a - b|^2 = |b|^2 - 2ab + |a|^2. norms [N] holds |a|^2, which does not change the order and is added at the end.
+    |a - b|^2 = |b|^2 - 2ab + |a|^2. norms [N] holds |a|^2 of all points. Within a row |a|^2 is the same, so it
+    does not change the order, and is added at the end.
     """
     squares = torch.addmm(norms[None], x[rows], x.T, alpha=-2)  # [rows, N]
     squares[torch.arange(len(rows), device=x.device), rows] = -torch.inf  # a point is its own neighbour of rank 0

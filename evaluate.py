@@ -271,6 +271,7 @@ def score_windows(evaluator, sets, protocol):
     return nll_table({kind: all_sum(values, world).numpy() for kind, values in sums.items()}), {}
 
 
+# Each is called with (evaluator, place of the data, protocol) and returns (result, {name: one value per item}).
 TASKS = dict(blimp=score_blimp, sblimp=score_sblimp, tstorycloze=score_stories, sstorycloze=score_stories,
              topic_cloze=score_paired, mmlu=score_mmlu, librispeech=partial(score_documents, stream="speech"),
              text=partial(score_documents, stream="text"), nll=score_windows)
@@ -307,7 +308,7 @@ def choose_tasks(settings, has_speech):
 
 
 def score_checkpoint(folder, settings, world, path):
-    """Run the tasks -> results, which are also written: to path (json), its .md and, item by item, its .items/."""
+    """Score the tasks -> results. They are written to path (a json), to its .md and, item by item, to its .items/."""
     folder = Path(folder)
     has_speech = (folder / "speech.safetensors").exists()
     chosen = choose_tasks(settings, has_speech)
@@ -367,7 +368,7 @@ def check_spans(settings):
 
 
 def check_settings(settings):
-    """The path of the results. SystemExit or ValueError, before anything is scored, for settings that cannot be."""
+    """The path of the results. SystemExit or ValueError, before anything is scored, for settings that make no sense."""
     check_spans(settings)
     if settings.dtype not in ("float32", "bfloat16"):
         raise SystemExit(f"dtype={settings.dtype}: choose float32 or bfloat16")
