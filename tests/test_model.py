@@ -294,7 +294,7 @@ def test_losses_in_pieces_are_the_same(monkeypatch):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 60), st.sampled_from([1, 8, 40]), st.integers(0, 99))
 def test_layout_against_brute_force(rows, length, longest, seed):
-    """Positions and runs, with more runs than an eighth of the positions or with fewer; the size is one of two."""
+    """Positions and runs, with few runs, with more than one in 32 positions, and with more than one in 8."""
     ids = interleaved(rows, length + 1, seed, longest)
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
     targets[torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < 0.2] = -100
@@ -307,7 +307,7 @@ def test_layout_against_brute_force(rows, length, longest, seed):
             starts += [b * length + t] * (t == 0 or kinds[t] != kinds[t - 1])
     layout, n = make_layout(inputs, targets, TINY), rows * length
     assert (layout.text.tolist(), layout.speech.tolist(), layout.branch) == (text, speech, None)
-    size = n // 8 if len(starts) <= n // 8 else n
+    size = n // 32 if len(starts) <= n // 32 else n // 8 if len(starts) <= n // 8 else n
     assert layout.runs.tolist() == starts + [n] * (size + 1 - len(starts)) and layout.runs.dtype == torch.int32
 
 
