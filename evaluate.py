@@ -102,7 +102,7 @@ def make_row(sequences, spans, numbers):
     shared because no position depends on what comes after it.
     """
     sequences = [list(sequence[:b]) for sequence, (_, b) in zip(sequences, spans)]
-    ends = zip(min(sequences), max(sequences))  # all others lie between these two in alphabetical order
+    ends = zip(min(sequences), max(sequences))  # what the smallest and the largest have in common, all have in common
     common = next((i for i, (x, y) in enumerate(ends) if x != y), min(map(len, sequences)))
     keep = max(0, common - 1)  # the last common token begins each rest again, since what it predicts differs
     row = Row(sequences[0][:keep], sequences[0][1:keep + 1], [0] * keep, [])
@@ -169,12 +169,13 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", wor
             raise ValueError(f"sequence {i}: nothing to score at tokens {a} to {b} of {len(sequence)}")
         if b - 1 > config.max_position_embeddings:
             raise ValueError(f"sequence {i}: {b - 1} positions, the model has {config.max_position_embeddings}")
-    rows = {True: [], False: []}  # rows of text alone need no speech modules, so they get batches of their own
+    text_rows, other_rows = [], []  # rows of text alone need no speech modules, so they get batches of their own
     for first in range(0, len(sequences), candidates):
         item = slice(first, first + candidates)
         row = make_row(sequences[item], spans[item], range(len(sequences))[item])
-        rows[max(*row.ids, *row.targets) < config.vocab_size].append(row)
-    batches = make_batches(rows[True], batch_tokens) + make_batches(rows[False], batch_tokens)
+        is_text = max(*row.ids, *row.targets) < config.vocab_size
+        (text_rows if is_text else other_rows).append(row)
+    batches = make_batches(text_rows, batch_tokens) + make_batches(other_rows, batch_tokens)
     total = np.zeros(len(sequences))
     bar = tqdm(total=len(sequences), desc=progress, leave=False, disable=None if progress and world.rank == 0 else True)
     for batch in batches[world.rank::world.size]:

@@ -260,7 +260,9 @@ def held_out(model, run, n_sequences, cloze_items=None):
 
 
 def stop_not_finite(run, model, stage, number, place, batches):
-    """End the run at a step that was not finite, and name the sequences. batches: this process's, if it was one there.
+    """End the run at a step that was not finite, and name the sequences.
+
+    batches: the micro-batches of this process; none if its losses and gradients are finite
     """
     named = []
     for batch in batches:
