@@ -331,7 +331,7 @@ def children_of(process):
 RESTARTED = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from runtime.distributed import all_sum, join_world
+from runtime.distributed import all_sum, join_world, leave_world
 world = join_world("cpu")
 assert all_sum([world.rank + 1], world).item() == 3
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -339,6 +339,7 @@ if world.rank == 1 and attempt in "01":
     os._exit(3)
 all_sum([1], world)
 print(f"{attempt}:{world.rank}", flush=True)
+leave_world()
 """
 
 
