@@ -23,16 +23,17 @@ ROOT = Path(__file__).resolve().parent
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # on the command line
 
 
-def configure(defaults, argv, complete=lambda settings: None):
+def configure(defaults, argv, complete=lambda settings: None, described_in=()):
     """Return (settings, name): the defaults as changed by argv, and the config file's stem or "default".
 
     defaults: {name: bool, int, float, str, list or dict}; settings is a new dict in the same order.
     argv: at most one config file, in the current folder or beside this module, and --key=value, which win over it.
     complete(settings): fills in what nested dicts leave out; called after the file and again after the overrides.
+    described_in: files other than the running script that have comments on settings, for --help.
     Raises SystemExit: with code 0 after --help, with a one-line message for anything wrong in argv or the file.
     """
     if "-h" in argv or "--help" in argv:
-        print_help(defaults)
+        print_help(defaults, described_in)
         sys.exit(0)
     settings, name = copy.deepcopy(defaults), "default"
     files = [arg for arg in argv if not arg.startswith("-")]
@@ -48,14 +49,18 @@ def configure(defaults, argv, complete=lambda settings: None):
     return settings, name
 
 
-def print_help(defaults):
-    """Print every setting with its default and the comment beside it in the running script."""
-    script = Path(sys.argv[0])
-    source = script.read_text(encoding="utf-8") if script.is_file() else ""
-    comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", source, re.MULTILINE))
-    print(f"python {script.name} [config/FILE.py] [--key=value ...]\n")
+def print_help(defaults, described_in=()):
+    """Print how the running script is called, and every setting with its default and the comment beside it.
+
+    The first is the script's docstring. The comments are those of lines `key = value  # comment` in the script and in
+    the files described_in; the script's own win.
+    """
+    script, comments = Path(sys.argv[0]), {}
+    for file in [*described_in, script]:
+        comments |= dict(re.findall(r"^ *(\w+) ?= ?.*?  # (.*)$", Path(file).read_text(encoding="utf-8"), re.MULTILINE))
+    print(ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.name, "\n\nSettings:")
     for key, value in defaults.items():
-        print(f"  --{key}={value}".ljust(40), comments.get(key, ""))
+        print(f"  --{key}={value}".ljust(39), comments.get(key, ""))
 
 
 def find_config(file, folders, where):

@@ -388,7 +388,7 @@ def check_settings(settings):
     if settings.before and not settings.mmlu:
         raise SystemExit(f"before={settings.before}: is scored on MMLU alone; set --mmlu too")
     if settings.units:
-        from speech import read_vocabulary
+        from speech.units import read_vocabulary
         wanted = made_with(Path(settings.checkpoint))[1]
         if wanted not in (None, read_vocabulary(settings.units)[0]["hash"]):
             raise SystemExit(f"{settings.units}: not the units that {settings.checkpoint} was trained with ({wanted})")

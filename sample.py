@@ -157,10 +157,10 @@ def read_plan(to, max_new):
 
 def read_units(path, n_units):
     """The units in a .json (a list) or .npy, without repeats; ValueError."""
-    import speech
+    from speech.units import collapse, read_ids
 
     try:
-        ids = speech.read_ids(path)
+        ids = read_ids(path)
     except ValueError as error:
         raise ValueError(f"unreadable units: {error}") from None
     if ids.size == 0:
@@ -170,17 +170,17 @@ def read_units(path, n_units):
     if ids.min() < 0 or ids.max() >= n_units:
         wrong = ids[(ids < 0) | (ids >= n_units)][0]
         raise ValueError(f"units out of range: {path} has a {wrong}, the model's are 0 to {n_units - 1}")
-    return speech.collapse(ids)[0].tolist()
+    return collapse(ids)[0].tolist()
 
 
 def read_sound(path, vocabulary):
     """The units of a sound file; ValueError."""
-    import speech
+    from speech.audio import read_audio
 
-    waveform = speech.read_audio(path)
+    waveform = read_audio(path)
     if np.abs(waveform - waveform.mean()).max() < SILENCE:
         raise ValueError(f"silent audio: {path} stays below -60 dB of full scale, all {len(waveform)} samples of it")
-    [(ids, _)] = speech.units([waveform], vocabulary)
+    [(ids, _)] = vocabulary.encode([waveform])
     if len(ids) == 0:
         raise ValueError(f"audio too short: {path} has {len(waveform)} samples at 16 kHz, fewer than one unit takes")
     return ids.tolist()
@@ -240,9 +240,9 @@ def load(folder, needs_speech):
 
 def load_vocabulary(folder, wanted, device):
     """The unit vocabulary of a folder. ValueError if its hash is not the wanted one (None: any)."""
-    import speech
+    from speech.units import load_units
 
-    vocabulary = speech.load_units(folder, device)
+    vocabulary = load_units(folder, device)
     if wanted not in (None, vocabulary.hash):
         raise ValueError(f"{folder}: not the units that the checkpoint was trained with; give their folder as --units")
     return vocabulary
@@ -253,14 +253,13 @@ def load_vocabulary(folder, wanted, device):
 
 def write_speech(ids, path, vocabulary, vocoder):
     """Speak units into a sound file, with a .json of them beside it. Says so on standard error."""
-    import soundfile
+    from speech.audio import SAMPLE_RATE, write_audio
+    from speech.units import resynthesise
 
-    import speech
-
-    waveform = speech.resynthesise(np.array(ids, np.int64), vocabulary, vocoder)
-    soundfile.write(path, waveform / max(1.0, np.abs(waveform).max(initial=0)), speech.SAMPLE_RATE)
+    waveform = resynthesise(np.array(ids, np.int64), vocabulary, vocoder)
+    write_audio(path, waveform)
     path.with_suffix(".json").write_text(json.dumps(ids))
-    print(f"{path}: {len(waveform) / speech.SAMPLE_RATE:.2f} s, {len(ids)} units in {path.with_suffix('.json').name}",
+    print(f"{path}: {len(waveform) / SAMPLE_RATE:.2f} s, {len(ids)} units in {path.with_suffix('.json').name}",
           file=sys.stderr)
 
 
@@ -322,9 +321,10 @@ def main(argv):
         check_room(openings, plan, model.config)
         vocoder = None
         if "speech" in kinds:  # speak one unit first, so that what is missing for it shows before anything is made
-            import speech
-            vocoder = speech.load_vocoder(c.vocoder, device) if c.vocoder else None
-            speech.resynthesise(np.zeros(1, np.int64), vocabulary, vocoder)
+            from speech.units import resynthesise
+            from speech.vocoder import load_vocoder
+            vocoder = load_vocoder(c.vocoder, device) if c.vocoder else None
+            resynthesise(np.zeros(1, np.int64), vocabulary, vocoder)
     except (ValueError, RuntimeError) as error:  # says what and where; RuntimeError: a package that is missing
         raise SystemExit(str(error)) from None
     talk(c, model.to(device, getattr(torch, c.dtype)).eval(), openings, plan, tokenizer, vocabulary, vocoder)

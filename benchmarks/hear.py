@@ -46,21 +46,22 @@ def hear_files(evaluator, files):
 
 def listen(evaluator, files):
     """(units of all files in one array uint16, offsets int64 [files + 1])."""
-    import speech
+    from speech.audio import read_audio
+    from speech.units import load_units
 
     world, folder = evaluator.world, evaluator.settings.units
     if not folder:
         raise ValueError("units: the folder of speech units is needed for wavs; set --units=FOLDER")
-    vocabulary = speech.load_units(folder, str(world.device))
+    vocabulary = load_units(folder, str(world.device))
     if vocabulary.hash != evaluator.made_with[1]:
         raise ValueError(f"{folder}: units {vocabulary.hash}, the model has {evaluator.made_with[1]}")
 
     heard, mine = {}, range(world.rank, len(files), world.size)
     for start in tqdm(range(0, len(mine), 32), "hearing", leave=False, disable=None if world.rank == 0 else True):
         batch = mine[start:start + 32]
-        waves = [speech.read_audio(files[i]) for i in batch]
+        waves = [read_audio(files[i]) for i in batch]
         with torch.autocast(world.device.type, enabled=False):  # units are made in fp32, as in the data
-            for i, (units, _) in zip(batch, speech.units(waves, vocabulary)):
+            for i, (units, _) in zip(batch, vocabulary.encode(waves)):
                 heard[i] = units
 
     # Each process fills in what it has heard and leaves zeros elsewhere. The sum over processes is the whole.

@@ -84,9 +84,9 @@ def mean_durations(folder):
 
 def read_recordings(folder, model, settings):
     """Yield the utterances that corpora/NAME.py finds, in true time. Prints which items cannot be used, and why."""
-    import speech
+    from speech.units import load_units
     reader = importlib.import_module(f"corpora.{settings.corpus}")
-    vocabulary = speech.load_units(settings.units, settings.device)
+    vocabulary = load_units(settings.units, settings.device)
     wanted = made_with(model.folder)[1]
     if wanted not in (None, vocabulary.hash):
         raise ValueError(f"{settings.units}: not the units that {model.folder} was trained with ({wanted})")
@@ -101,15 +101,15 @@ def read_recordings(folder, model, settings):
 
 def read_item(item, vocabulary, options, longest):
     """An item of a corpus -> Utterance of at most so many units. ValueError if the item cannot be used."""
-    import speech
     from corpora import common
+    from speech.units import n_frames, word_units
     if isinstance(item, common.Bad):
         raise item.error
     heard = common.hear(item, options, dict(read=0.0))
-    [(ids, frame_start)] = speech.units([heard.waveform], vocabulary)
+    [(ids, frame_start)] = vocabulary.encode([heard.waveform])
     if len(ids) > longest:
         raise ValueError(f"{item.id}: {len(ids)} units, the model reads {longest}")
-    n_frames, ends = speech.n_frames(heard.n_samples, vocabulary), np.array([end for _, end in heard.times])
-    offsets = speech.word_units(ends, frame_start, n_frames, vocabulary.rate)
-    starts = np.append(frame_start, n_frames) / vocabulary.rate
+    total, ends = n_frames(heard.n_samples, vocabulary), np.array([end for _, end in heard.times])
+    offsets = word_units(ends, frame_start, total, vocabulary.rate)
+    starts = np.append(frame_start, total) / vocabulary.rate
     return Utterance(ids.astype(np.int64), item.text.split(), offsets, starts, ends)

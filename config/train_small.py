@@ -1,4 +1,4 @@
-# The small study: SmolTolk on SmolLM2-135M, from books read aloud (the top of corpora/small.py): 763 steps of 131,072
+# The small study: SmolTolk on SmolLM2-135M, from books read aloud (the top of studies/small/corpus.py): 763 steps of 131,072
 # tokens, 100 million in all, for one H100.
 init_from = "weights/smollm2-135m"
 tokenizer = "weights/smollm2-135m/tokenizer.json"

@@ -11,7 +11,7 @@ A corpus is a script with two functions, and a call of main():
 
 --kind    paired (text and speech, cut into the same words), speech, or text (tokens of the texts alone)
 --shard   i/n takes the items i, i + n, i + 2n, ...; the shards of a corpus go to one --out, in any order, anywhere
---aligner where items have no word times: the folder of MMS's aligner, or pocketsphinx (see words.py)
+--aligner where items have no word times: the folder of MMS's aligner, or pocketsphinx (see speech/align.py)
 --workers processes that read sound, make mel units and tokenise; the main process reads the corpus, which feeds four or
           five of them where there is only text: for more, start several shards. Models run in the main process
 
@@ -46,12 +46,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import speech
 from configurator import configure
 from runtime.datasets import STREAMS, write_set
 from runtime.files import one_line, read_json
 from runtime.tokenizer import Tokenizer
-from words import align, load_aligner, match_words
+from speech.align import align, load_aligner
+from speech.audio import SAMPLE_RATE, read_audio
+from speech.transcripts import match_words
+from speech.units import load_units, n_frames, read_vocabulary, word_units
 
 DEFAULTS = dict(source="", out="", kind="paired", units="", tokenizer="", aligner="", shard="0/1",
                 workers=os.cpu_count() or 1, device="auto", part_tokens=1 << 26, max_seconds=300.0)
@@ -93,7 +95,7 @@ class Models(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # Workers
 
-cached_units = functools.cache(speech.load_units)
+cached_units = functools.cache(load_units)
 
 
 @functools.cache
@@ -125,9 +127,9 @@ def hear(item, settings, seconds):
         waveform, times = item.audio()
         times = times or ValueError(f"word without a time: espeak-ng gave none for one in {item.id}")
     else:
-        waveform, times = speech.read_audio(item.audio, item.start, item.end, settings["max_seconds"]), None
+        waveform, times = read_audio(item.audio, item.start, item.end, settings["max_seconds"]), None
     seconds["read"] += time.perf_counter() - began
-    duration = len(waveform) / speech.SAMPLE_RATE
+    duration = len(waveform) / SAMPLE_RATE
     if duration > settings["max_seconds"]:
         raise ValueError(f"audio too long: {duration:.0f} s in {item.id}, see --max_seconds")
     if settings["kind"] == "paired" and item.words is not None:
@@ -136,7 +138,7 @@ def hear(item, settings, seconds):
     if not settings["mel"]:
         return Heard(len(waveform), waveform, None, times)
     began = time.perf_counter()
-    units = speech.units([waveform], cached_units(settings["units"]))[0]
+    units = cached_units(settings["units"]).encode([waveform])[0]
     seconds["units"] += time.perf_counter() - began
     untimed = settings["kind"] == "paired" and times is None
     return Heard(len(waveform), waveform if untimed else None, units, times)
@@ -257,7 +259,7 @@ def finish(items, results, models, seconds):
     """
     began = time.perf_counter()
     raw = [i for i, heard in enumerate(results) if isinstance(heard, Heard) and heard.units is None]
-    for i, units in zip(raw, speech.units([results[i].waveform for i in raw], models.vocabulary) if raw else ()):
+    for i, units in zip(raw, models.vocabulary.encode([results[i].waveform for i in raw]) if raw else ()):
         results[i] = results[i]._replace(units=units)
     aligning = time.perf_counter()
     untimed = [i for i, heard in enumerate(results) if models.aligner and isinstance(heard, Heard)
@@ -276,7 +278,7 @@ def finish(items, results, models, seconds):
 
 def spoken_document(item, heard, models):
     """(document, hours, words, bytes of text) of an item that was heard; ValueError if it makes no document."""
-    hours = heard.n_samples / speech.SAMPLE_RATE / 3600
+    hours = heard.n_samples / SAMPLE_RATE / 3600
     ids, frame_start = heard.units
     if len(ids) == 0:
         raise ValueError(f"audio too short: {heard.n_samples} samples in {item.id}")
@@ -288,8 +290,8 @@ def spoken_document(item, heard, models):
     written = models.tokenizer.encode_words(words)
     if not all(written):
         raise ValueError(f"word without tokens: {words[written.index([])]!r} in {item.id}")
-    n_frames = speech.n_frames(heard.n_samples, models.vocabulary)
-    offsets = speech.word_units([end for _, end in heard.times], frame_start, n_frames, models.vocabulary.rate)
+    total = n_frames(heard.n_samples, models.vocabulary)
+    offsets = word_units([end for _, end in heard.times], frame_start, total, models.vocabulary.rate)
     spoken = [ids[a:b] for a, b in zip(offsets, offsets[1:])]
     return (written, spoken), hours, len(words), text_size(item)
 
@@ -417,8 +419,8 @@ def load_models(settings):
         return Models(None, None, tokenizer), False
     folder = settings["units"]
     try:
-        mel = speech.read_vocabulary(folder)[0]["kind"] == "mel"
-        vocabulary = speech.load_units(folder, device)
+        mel = read_vocabulary(folder)[0]["kind"] == "mel"
+        vocabulary = load_units(folder, device)
         folder = settings["aligner"]
         aligner = load_aligner(folder, device) if folder and kind == "paired" else None
     except (OSError, ValueError, KeyError, TypeError) as error:

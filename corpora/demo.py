@@ -22,6 +22,7 @@ Written to the output folder, which appears whole when everything is done:
 """
 
 import argparse
+import importlib
 import inspect
 import json
 import math
@@ -37,11 +38,14 @@ import numpy as np
 from scipy.io import wavfile
 from tqdm import tqdm
 
-import speech
 from corpora.common import one_blas_thread
 from runtime.datasets import write_set
 from runtime.files import read_json, whole_folder
 from runtime.tokenizer import Tokenizer
+from speech.audio import SAMPLE_RATE
+from speech.espeak import espeak, espeak_paths
+from speech.mel import fit_mel_units, mel_frames, save_mel_units, voice
+from speech.units import HOP, UNIT_RATE, word_units
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grammar: {a|b} is a choice, NAME a name, HE, HIM and HIS its pronouns. Words are kept apart by ear as well:
@@ -212,11 +216,12 @@ class Recording(NamedTuple):
     seconds: float
     units: list  # unit ids of each word, uint16 arrays
     waveform: np.ndarray | None  # int16, kept where it was asked for
+    ends: list  # of each word, in seconds
 
 
 def record(text, speaker):
-    """A text as a speaker says it, under hiss: what speech.espeak returns. A pure function."""
-    waveform, words = speech.espeak(text, *SPEAKERS[speaker])
+    """A text as a speaker says it, under hiss: what espeak returns. A pure function."""
+    waveform, words = espeak(text, *SPEAKERS[speaker])
     return add_hiss(waveform, text, speaker), words
 
 
@@ -236,7 +241,7 @@ def speak_for_fit(job):
     """Features and voice of one recording, to fit the units on."""
     story, speaker = job
     waveform, _ = record(" ".join(story.sentences), speaker)
-    return speech.mel_frames(waveform), speech.voice(waveform)
+    return mel_frames(waveform), voice(waveform)
 
 
 def speak(job):
@@ -245,11 +250,11 @@ def speak(job):
     waveform, words = record(" ".join(story.sentences), speaker)
     if words is None:
         return None
-    ids, frame_start = speech.mel_units(waveform, codebook)
-    offsets = speech.word_units([end for _, end in words], frame_start, len(waveform) // speech.HOP)
+    ids, frame_start = codebook.encode([waveform])[0]
+    offsets = word_units([end for _, end in words], frame_start, len(waveform) // HOP)
     units = [ids[a:b] for a, b in zip(offsets[:-1], offsets[1:])]
     kept = np.round(waveform * 32767).astype(np.int16) if keep_waveform else None
-    return Recording(story, speaker, len(waveform) / speech.SAMPLE_RATE, units, kept)
+    return Recording(story, speaker, len(waveform) / SAMPLE_RATE, units, kept, [end for _, end in words])
 
 
 def speak_all(sets, n_units, seed, workers):
@@ -265,7 +270,7 @@ def speak_all(sets, n_units, seed, workers):
     bar = tqdm(total=sum(map(len, jobs.values())), desc="speaking", unit=" stories", disable=None)
     with one_blas_thread(), multiprocessing.get_context("spawn").Pool(workers) as pool, bar:
         frames, voices = zip(*pool.map(speak_for_fit, jobs["paired"][:FIT_ON], 8))
-        codebook = speech.fit_mel_units(frames, n_units, seed, voices=voices)
+        codebook = fit_mel_units(frames, n_units, seed, voices=voices)
         for name, its_jobs in jobs.items():
             its_jobs = [(*job, codebook, name == "paired" and i < EXAMPLES) for i, job in enumerate(its_jobs)]
             for recording in pool.imap(speak, its_jobs, 8):
@@ -330,8 +335,8 @@ def cut_cloze(recordings, documents, seed):
 def write_sets(out, texts, recordings, codebook, seed):
     """Writes the data sets, and the units; returns counts for demo.json."""
     tokenizer = Tokenizer(os.path.join(out, "tokenizer.json"))
-    speech.save_mel_units(os.path.join(out, "units"), codebook)
-    units = dict(n_units=len(codebook.centroids), rate=speech.UNIT_RATE, hash=codebook.hash)
+    save_mel_units(os.path.join(out, "units"), codebook)
+    units = dict(n_units=len(codebook.centroids), rate=UNIT_RATE, hash=codebook.hash)
     source = "corpora/demo.py"
     write_set(os.path.join(out, "text"), "text", map(tokenizer.encode, texts), tokenizer=tokenizer, source=source)
     counts = dict(text=dict(stories=len(texts)))
@@ -359,13 +364,13 @@ def write_examples(out, recordings, codebook):
     os.makedirs(folder)
     examples = [recording for recording in recordings if recording.waveform is not None]
     for i, recording in enumerate(examples):
-        wavfile.write(os.path.join(folder, f"{i}.wav"), speech.SAMPLE_RATE, recording.waveform)
+        wavfile.write(os.path.join(folder, f"{i}.wav"), SAMPLE_RATE, recording.waveform)
         with open(os.path.join(folder, f"{i}.txt"), "w") as file:
             file.write(" ".join(recording.story.sentences) + "\n")
     first = examples[0]
-    words, offsets = " ".join(first.story.sentences).split(), np.cumsum([0, *map(len, first.units)])
-    waveform = first.waveform / np.float32(32767)
-    speech.draw_utterance(waveform, codebook, words, offsets, os.path.join(out, "utterance.png"))
+    figures = importlib.import_module("tools.figures")  # here, because matplotlib takes long to import
+    figures.utterance(os.path.join(out, "utterance.png"), first.waveform / np.float32(32767), codebook,
+                      " ".join(first.story.sentences).split(), first.ends)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,7 +405,7 @@ def make(out="data/demo", seed=0, text=20000, train=2000, val=100, test=500, n_u
                       speakers=[list(speaker) for speaker in SPEAKERS], version=VERSION)
     if os.path.exists(out):
         return reuse(out, parameters)
-    speech.espeak_paths()  # say at once if it is missing
+    espeak_paths()  # say at once if it is missing
     print(f"making {out}: {train + val + test} stories are spoken and cut into units, about a minute", flush=True)
     began = time.time()
     stories = write_stories(test + val + train + text, seed)

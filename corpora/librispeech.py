@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from corpora import common, files
-from words import read_textgrid, timed_word
+from speech.word_times import read_textgrid, timed_word
 
 
 def find(source, settings):

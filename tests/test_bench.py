@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import bench
 import train
 from data import micro_batches, open_source
 from model import count_parameters
 from runtime.datasets import open_set
 from runtime.distributed import ALONE
+from tools import bench
 
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             vocab_size=400, n_units=20, sequence_length=64, micro_batch=3, steps=1, warmup=0, device="cpu",

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import convert
 from runtime.tokenizer import Tokenizer
+from tools import convert
 
 TALE = ("Once upon a time there was a little girl who lived in a small house near the forest. Every morning she walked"
         " to the river to fetch water for her grandmother. One day she met an old fox who could speak.")

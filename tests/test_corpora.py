@@ -17,11 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import speech
 from corpora import common, demo, files, tedlium
 from data import open_source
 from runtime import datasets
 from runtime.tokenizer import Tokenizer
+from speech.audio import read_audio
+from speech.mel import MelUnits, fit_mel_units, load_mel_units, mel_frames, save_mel_units
+from speech.units import load_units
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed: pip install -e '.[speech]'")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install -e '.[speech]'")
@@ -47,8 +49,8 @@ def tools(tmp_path_factory):
     """A tokenizer.json and a folder of mel units."""
     folder = tmp_path_factory.mktemp("tools")
     demo.train_tokenizer(SENTENCES * 3, 300, folder / "tokenizer.json")
-    frames = [speech.mel_frames(say(sentence)[0]) for sentence in SENTENCES]
-    speech.save_mel_units(str(folder / "units"), speech.fit_mel_units(frames, 12, 0))
+    frames = [mel_frames(say(sentence)[0]) for sentence in SENTENCES]
+    save_mel_units(str(folder / "units"), fit_mel_units(frames, 12, 0))
     return folder
 
 
@@ -130,7 +132,7 @@ def dropped(out):
 
 def expected(tools, text, waveform, ends):
     """A paired document, worked out frame by frame: a unit belongs to the word of its last frame."""
-    ids, starts = speech.mel_units(waveform, speech.load_mel_units(str(tools / "units")))
+    ids, starts = load_mel_units(str(tools / "units")).encode([waveform])[0]
     n_frames, words = len(waveform) // 640, text.split()
     spoken = [[] for _ in words]
     for unit, last in zip(ids.tolist(), [*(starts[1:] - 1), n_frames - 1]):
@@ -157,11 +159,11 @@ def test_audio_of_every_format(tmp_path, suffix, tolerance):
     waveform = say(SENTENCES[0])[0]
     path = tmp_path / f"a.{suffix}"
     soundfile.write(path, waveform, RATE)
-    read = speech.read_audio(str(path))
+    read = read_audio(str(path))
     assert read.dtype == np.float32 and read.shape == waveform.shape
     assert np.sqrt(np.mean((read - waveform) ** 2)) < tolerance * 0.3
-    assert np.array_equal(speech.read_audio(path.read_bytes(), 0.5), read[8000:])
-    assert speech.read_audio(str(path), 1.0, len(waveform) / RATE + 0.09).shape == (len(waveform) - 16000,)
+    assert np.array_equal(read_audio(path.read_bytes(), 0.5), read[8000:])
+    assert read_audio(str(path), 1.0, len(waveform) / RATE + 0.09).shape == (len(waveform) - 16000,)
 
 
 @given(start=st.floats(0, 1.5), length=st.floats(0.001, 1.0))
@@ -170,8 +172,8 @@ def test_a_span_is_a_slice(tmp_path_factory, start, length):
     path = tmp_path_factory.getbasetemp() / "span.flac"
     if not path.exists():
         soundfile.write(path, say(SENTENCES[0])[0], RATE)
-    whole, end = speech.read_audio(str(path)), min(start + length, 1.6)
-    assert np.array_equal(speech.read_audio(str(path), start, end), whole[round(start * RATE):round(end * RATE)])
+    whole, end = read_audio(str(path)), min(start + length, 1.6)
+    assert np.array_equal(read_audio(str(path), start, end), whole[round(start * RATE):round(end * RATE)])
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
@@ -179,7 +181,7 @@ def test_other_rates_and_channels(tmp_path, rate):
     t = np.arange(rate) / rate
     tone = np.sin(2 * np.pi * 440 * t) * 0.5
     soundfile.write(tmp_path / "a.wav", np.stack([tone, 0 * tone], 1), rate)
-    read = speech.read_audio(str(tmp_path / "a.wav"), 0.2, 0.7)
+    read = read_audio(str(tmp_path / "a.wav"), 0.2, 0.7)
     want = np.sin(2 * np.pi * 440 * (0.2 + np.arange(8000) / RATE)) * 0.25  # the mean of both channels
     assert len(read) in (8000, 8001) and np.abs(read[400:7600] - want[400:7600]).max() < 2e-3
 
@@ -187,12 +189,12 @@ def test_other_rates_and_channels(tmp_path, rate):
 def test_sphere(tmp_path):
     waveform, path = say(SENTENCES[0])[0], tmp_path / "SA1.WAV"
     record(path, SENTENCES[0])
-    assert np.abs(speech.read_audio(str(path)) - waveform).max() < 1e-4
-    assert np.array_equal(speech.read_audio(str(path), 0.1, 0.2), speech.read_audio(str(path))[1600:3200])
+    assert np.abs(read_audio(str(path)) - waveform).max() < 1e-4
+    assert np.array_equal(read_audio(str(path), 0.1, 0.2), read_audio(str(path))[1600:3200])
     header = SPHERE.format(n=9, more="sample_coding -s26 pcm,embedded-shorten-v2.00\n").encode().ljust(1024)
     path.write_bytes(header + bytes(100))
     with pytest.raises(ValueError, match="^unreadable audio: .*shorten.*convert it: sph2pipe"):
-        speech.read_audio(str(path))
+        read_audio(str(path))
 
 
 def spoil(path, fault):
@@ -220,7 +222,7 @@ FAULTS = {"truncated": "unreadable audio", "not audio": "unreadable audio", "mis
 def test_unusable_audio_has_a_reason(tmp_path, fault):
     spoil(tmp_path / "a.flac", fault)
     with pytest.raises(ValueError, match=f"^{FAULTS[fault]}: .*a.flac[^\n]*$"):
-        speech.read_audio(str(tmp_path / "a.flac"))
+        read_audio(str(tmp_path / "a.flac"))
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.sph"])
@@ -231,19 +233,19 @@ def test_a_cut_file_is_noticed(tmp_path, name):
     (tmp_path / name).write_bytes(raw[:len(raw) // 2])
     assert soundfile.info(tmp_path / name).frames > 8000
     with pytest.raises(ValueError, match="^unreadable audio: .* breaks off: [0-9]+ bytes, by its header [0-9]+$"):
-        speech.read_audio(str(tmp_path / name))
+        read_audio(str(tmp_path / name))
 
 
 def test_headers_that_would_fill_the_memory(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(9), 1)  # one sample a second
     with pytest.raises(ValueError, match="^unreadable audio: .*a.wav says 1 samples a second"):
-        speech.read_audio(str(tmp_path / "a.wav"))
+        read_audio(str(tmp_path / "a.wav"))
     soundfile.write(tmp_path / "a.flac", np.zeros(1600), RATE)
     raw = bytearray((tmp_path / "a.flac").read_bytes())
     raw[21:26] = b"\xff\xff\xff\xff\xff"  # the number of samples, 36 bits
     (tmp_path / "a.flac").write_bytes(raw)
     with pytest.raises(ValueError, match="^audio too long: .*a.flac; give shorter spans"):
-        speech.read_audio(str(tmp_path / "a.flac"))
+        read_audio(str(tmp_path / "a.flac"))
 
 
 def test_no_name_leads_out_of_the_source(tmp_path):
@@ -264,7 +266,7 @@ def test_no_name_leads_out_of_the_source(tmp_path):
 def test_spans_outside_are_refused(tmp_path, span):
     spoil(tmp_path / "a.flac", None)
     with pytest.raises(ValueError, match="^span outside the audio: "):
-        speech.read_audio(str(tmp_path / "a.flac"), *span)
+        read_audio(str(tmp_path / "a.flac"), *span)
 
 
 # the corpora
@@ -307,10 +309,10 @@ def test_librilight(tools, tmp_path):
     report = run("librilight", tools, tmp_path, tmp_path / "out", segment=3)
     spans = [(0, 2.9), (4, 4 + 5.6 / 2), (4 + 5.6 / 2, 9.6)]
     waveform = soundfile.read(path, dtype="float32")[0]
-    book = speech.load_mel_units(str(tools / "units"))
+    book = load_mel_units(str(tools / "units"))
     cut = [waveform[round(a * RATE):round(b * RATE)] for a, b in spans]
     cut.append(soundfile.read(path.with_name("02_baum.flac"), dtype="float32")[0])
-    assert documents(tmp_path / "out") == [speech.mel_units(piece, book)[0].tolist() for piece in cut]
+    assert documents(tmp_path / "out") == [book.encode([piece])[0][0].tolist() for piece in cut]
     assert report["dropped"] == {"unreadable voice activity": 1}
     with pytest.raises(SystemExit, match="this corpus gives speech"):
         run("librilight", tools, tmp_path, tmp_path / "paired", kind="paired")
@@ -458,7 +460,7 @@ def test_asterisk(tools, tmp_path, monkeypatch):
             frame.sample_rate = RATE
             for packet in (*stream.encode(frame), *stream.encode(None)):
                 container.mux(packet)
-        read = speech.read_audio(path)
+        read = read_audio(path)
         assert abs(len(read) - samples.size) <= 640 and np.corrcoef(read[22:5022], samples[0, :5000])[0, 1] > 0.95
     aligner = FakeAligner(monkeypatch, tmp_path / "aligner")
     report = run("asterisk", tools, source, tmp_path / "out", aligner=aligner.folder)
@@ -572,10 +574,10 @@ def test_manifest_with_every_kind_of_fault(tools, tmp_path, monkeypatch):
 
 def test_a_word_that_the_tokenizer_drops_whole(tools):
     """SmolLM's vocabulary lacks some bytes, but no word may be without tokens."""
-    vocabulary = speech.load_mel_units(str(tools / "units"))
+    vocabulary = load_mel_units(str(tools / "units"))
     tokenizer = type("Lacking", (), dict(encode_words=lambda self, words: [[1] * (word != "\x06") for word in words]))()
     waveform, timed = say("a \x06 b")
-    heard = common.Heard(len(waveform), None, speech.mel_units(waveform, vocabulary), [span[1:] for span in timed])
+    heard = common.Heard(len(waveform), None, vocabulary.encode([waveform])[0], [span[1:] for span in timed])
     with pytest.raises(ValueError, match="^word without tokens: "):
         common.spoken_document(common.Item("x", text="a \x06 b"), heard, common.Models(vocabulary, None, tokenizer))
 
@@ -649,7 +651,7 @@ def test_parts(corpus, tools):
     assert len(parts) == report["parts"] == 3 and [part["last"] for part in parts] == [False] * 2 + [True]
     assert [part["first"] for part in parts] == [0, 128, 256] and parts[-1]["next"] == report["items"] == 300
     assert report["dropped"] and report["documents"] + sum(report["dropped"].values()) == 300
-    hashes = Tokenizer(tools / "tokenizer.json").hash, speech.load_units(str(tools / "units")).hash
+    hashes = Tokenizer(tools / "tokenizer.json").hash, load_units(str(tools / "units")).hash
     assert len(open_source("interleaved", [out], *hashes).shards) == 3
     assert sum(len(part.speech) for part in sets(out)) == report["tokens"]["speech"]
     assert not list(out.glob(".unfinished*"))
@@ -742,7 +744,7 @@ def test_a_changed_run_does_not_go_on(corpus, tools, tmp_path, change, named):
         options = dict(tokenizer=tmp_path / "tokenizer.json")
     elif change == "units":
         noise = np.random.default_rng(1).normal(0, 0.1, 16000).astype(np.float32)
-        speech.save_mel_units(str(tmp_path / "units"), speech.fit_mel_units([speech.mel_frames(noise)], 9, 0))
+        save_mel_units(str(tmp_path / "units"), fit_mel_units([mel_frames(noise)], 9, 0))
         options = dict(units=tmp_path / "units")
     elif change == "source":
         shutil.copytree(source, tmp_path / "in")
@@ -802,10 +804,9 @@ def test_units_from_a_model(corpus, tools, tmp_path, monkeypatch):
     shutil.copytree(tools / "units", tmp_path / "units")
     about = json.loads((tmp_path / "units/units.json").read_text())
     (tmp_path / "units/units.json").write_text(json.dumps(about | dict(kind="hubert")))
-    sizes, units = [], speech.units
-    monkeypatch.setattr(speech, "load_units", lambda folder, device="cpu": speech.load_mel_units(str(tools / "units")))
-    monkeypatch.setattr(speech, "units", lambda waveforms, vocabulary: sizes.append(len(waveforms)) or units(
-        waveforms, vocabulary))
+    sizes, encode = [], MelUnits.encode
+    monkeypatch.setattr(common, "load_units", lambda folder, device="cpu": load_mel_units(str(tools / "units")))
+    monkeypatch.setattr(MelUnits, "encode", lambda self, waves: sizes.append(len(waves)) or encode(self, waves))
     run("manifest", tools, source, tmp_path / "out", part_tokens=900, units=tmp_path / "units")
     assert contents(tmp_path / "out") == contents(whole)
     assert len(sizes) == 5 and sum(sizes) >= len(documents(whole))

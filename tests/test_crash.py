@@ -33,7 +33,7 @@ from runtime.checkpoint import checkpoints, fault, newest, prune
 from runtime.distributed import ALONE
 from runtime.log import Log, flat, read_log, spikes
 
-LAUNCHER = ROOT / "launch.py"
+LAUNCHER = ROOT / "tools/launch.py"
 os.environ["PYTHONPATH"] = str(ROOT)  # for the server below, which imports train once; every process is forked from it
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["train", "tools.figures"])
@@ -338,7 +338,7 @@ attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 if world.rank == 1 and attempt in "01":
     os._exit(3)
 all_sum([1], world)
-print(f"{attempt}:{world.rank}", flush=True)
+os.write(1, f"{attempt}:{world.rank}\\n".encode())  # in one piece: both processes write to the same pipe
 leave_world()
 """
 

@@ -20,12 +20,13 @@ from scipy.stats import binom, norm
 
 import data
 import evaluate
-import speech
 from benchmarks import hear, librispeech, report, sblimp, storycloze
 from model import Config, SmolTolk, from_pretrained, save_pretrained
 from runtime import datasets
 from runtime.distributed import ALONE
 from runtime.tokenizer import Tokenizer
+from speech.espeak import espeak
+from speech.mel import MelUnits
 
 ROOT = Path(__file__).resolve().parent.parent
 V, UNITS = 50, 10  # text ids 0..49, units 50..59, speech EOS 60, switch 61
@@ -717,9 +718,15 @@ def test_heldout_nll_is_that_of_plain_rows(demo_folder, kind):
 # the whole, with real sound and two processes
 
 def test_what_was_heard_is_kept_by_content_not_by_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(speech, "load_units", lambda *_: type("Units", (), dict(hash="h")))
-    monkeypatch.setattr(speech, "read_audio", lambda path: int(Path(path).read_text()))
-    monkeypatch.setattr(speech, "units", lambda waves, _: [(np.full(wave, wave, np.uint16), None) for wave in waves])
+    class Units:
+        hash = "h"
+
+        def encode(self, waves):
+            return [(np.full(wave, wave, np.uint16), None) for wave in waves]
+
+    monkeypatch.setattr("speech.units.load_units", lambda *_: Units())
+    monkeypatch.setattr("speech.audio.read_audio", lambda path: int(Path(path).read_text()))
+
     def units_in(*files):
         options = SimpleNamespace(cache=str(tmp_path / "cache"), units="u")
         evaluator = SimpleNamespace(settings=options, used=[], made_with=(None, "h"), model=MODELS["smoltolk"],
@@ -730,7 +737,7 @@ def test_what_was_heard_is_kept_by_content_not_by_place(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / f"{name}.wav").write_text(str(n))
     assert units_in(tmp_path / "x/1.wav", tmp_path / "y/0.wav") == [3, 2]
-    monkeypatch.setattr(speech, "units", None)  # they are kept now
+    monkeypatch.setattr(Units, "encode", None)  # they are kept now
     assert units_in(tmp_path / "flat/0.wav", tmp_path / "flat/1.wav") == [2, 3]
     [kept] = (tmp_path / "cache").glob("*.ids.npy")
     for damaged in ([1, 2, 3, 4], [1, 2, 3, 4, UNITS]):  # one unit too few; no such unit
@@ -755,7 +762,8 @@ def test_settings_are_checked_before_anything_is_scored(tmp_path, monkeypatch, l
 def test_spoken_pairs_under_hiss(tmp_path):
     """Only the speakers that are named, and both sentences of a pair as far above their hiss."""
     soundfile = pytest.importorskip("soundfile")
-    from corpora import demo, spoken_blimp
+    from corpora import demo
+    from studies.small import spoken_blimp
 
     write_blimp(tmp_path / "blimp", PAIRS * 3)
     spoken_blimp.main([f"--source={tmp_path / 'blimp'}", f"--out={tmp_path / 'spoken'}", "--pairs=4", "--workers=1",
@@ -763,7 +771,7 @@ def test_spoken_pairs_under_hiss(tmp_path):
     levels = {}
     for row in sblimp.read(tmp_path / "spoken/syntactic/dev/gold.csv"):
         heard, _ = soundfile.read(tmp_path / f"spoken/syntactic/dev/{row['filename']}.wav")
-        clean, _ = speech.espeak(row["transcription"], *demo.SPEAKERS[int(row["voice"][1:])])
+        clean, _ = espeak(row["transcription"], *demo.SPEAKERS[int(row["voice"][1:])])
         level = 10 * np.log10((clean**2).sum() / ((heard - clean) ** 2).sum())
         levels.setdefault((row["subtype"], row["id"], row["voice"]), []).append(level)
     assert {voice for *_, voice in levels} == {"s1", "s5"} and len(levels) == 8
@@ -775,7 +783,7 @@ def test_spoken_pairs_under_hiss(tmp_path):
 
 def test_two_processes_and_real_wavs(demo_folder, tmp_path, monkeypatch):
     soundfile = pytest.importorskip("soundfile")
-    from corpora import spoken_blimp
+    from studies.small import spoken_blimp
 
     units = json.loads((demo_folder / "units/units.json").read_text())
     tokenizer = Tokenizer(demo_folder / "tokenizer.json")
@@ -815,7 +823,7 @@ def test_two_processes_and_real_wavs(demo_folder, tmp_path, monkeypatch):
     for path in (tmp_path / "cache2").iterdir():
         np.testing.assert_array_equal(np.load(path), cached[path.name])
     precise = []  # what listens is not rounded to the precision of the scores
-    monkeypatch.setattr(speech, "units", lambda *_: precise.append(not torch.is_autocast_enabled("cpu")) or 1 / 0)
+    monkeypatch.setattr(MelUnits, "encode", lambda *_: precise.append(not torch.is_autocast_enabled("cpu")) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate.main([*arguments, "--tasks=['sblimp']", "--dtype=bfloat16", f"--cache={tmp_path / 'c3'}"])
     monkeypatch.undo()

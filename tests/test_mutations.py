@@ -32,10 +32,8 @@ from safetensors.torch import load_file, save_file
 from test_units import CONFIG, vocabulary_folder
 from test_words import SWC, textgrid
 
-import convert
-import speech
-import words
 from benchmarks import blimp, mmlu, sblimp, storycloze
+from corpora.swc import read_swc
 from data import open_source
 from data import sample as sample_rows
 from model import Config, SmolTolk, from_pretrained, save_pretrained
@@ -44,6 +42,14 @@ from runtime.datasets import open_set, write_set
 from runtime.files import read_array
 from runtime.tokenizer import Tokenizer, byte_alphabet
 from sample import read_units
+from speech.align import load_aligner
+from speech.audio import read_audio
+from speech.mel import fit_mel_units, mel_frames, save_mel_units, voice
+from speech.units import load_units
+from speech.vocoder import load_vocoder, vocoder_shapes
+from speech.word_times import read_ctm, read_textgrid, read_timed_json, read_wrd
+from studies.small.whisper import fit_whisper_units, load_whisper, save_whisper_units
+from tools import convert
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed: pip install -e '.[speech]'")
 if sys.platform != "linux":
@@ -178,8 +184,8 @@ def write_checkpoint(folder):
 
 def write_mel_units(folder):
     waves = [RNG.standard_normal(16000)]
-    frames = [speech.mel_frames(wave) for wave in waves]
-    speech.save_mel_units(folder, speech.fit_mel_units(frames, 6, 0, voices=[speech.voice(wave) for wave in waves]))
+    frames = [mel_frames(wave) for wave in waves]
+    save_mel_units(folder, fit_mel_units(frames, 6, 0, voices=[voice(wave) for wave in waves]))
 
 
 def write_whisper_units(folder):
@@ -187,8 +193,8 @@ def write_whisper_units(folder):
     write_files({"config.json": dict(d_model=64, encoder_layers=1, encoder_attention_heads=1, num_mel_bins=80)}, folder)
     save_file(small_encoder(d=64, layers=1).state_dict(), folder / "model.safetensors")
     frames = torch.from_numpy(RNG.standard_normal((50, 64)).astype("f4"))
-    fitted = speech.fit_whisper_units([frames], [np.ones(32000, np.float32)], 4, 0, speech.load_whisper(folder, 1))
-    speech.save_whisper_units(folder / "units", folder, fitted)
+    fitted = fit_whisper_units([frames], [np.ones(32000, np.float32)], 4, 0, load_whisper(folder, 1))
+    save_whisper_units(folder / "units", folder, fitted)
 
 
 def write_ctranslate2(folder):
@@ -205,7 +211,7 @@ def write_aligner(folder):
 
 
 def write_vocoder(folder):
-    weights = {name: torch.randn(shape) for name, shape in speech.vocoder_shapes(CONFIG).items()}
+    weights = {name: torch.randn(shape) for name, shape in vocoder_shapes(CONFIG).items()}
     write_files({"config.json": CONFIG}, folder)
     save_file(weights, folder / "model.safetensors")
     torch.save(dict(generator=weights), folder / "g.pt")
@@ -297,20 +303,20 @@ READERS = {
     "sBLIMP": one_file("gold.csv", GOLD, sblimp.read),
     "stories": (partial(write_files, STORY), read_stories, (ValueError, SystemExit)),
     # speech.py and words.py
-    "mel units": (write_mel_units, speech.load_units, ValueError),
-    "HuBERT units": (partial(vocabulary_folder, k=5), lambda folder: speech.load_units(folder / "units"), ValueError),
-    "Whisper units": (write_whisper_units, lambda folder: speech.load_units(folder / "units"), ValueError),
-    "vocoder": (write_vocoder, speech.load_vocoder, ValueError),
-    **{f"audio, {kind}": one_file("a.sound", sound(kind), speech.read_audio)
+    "mel units": (write_mel_units, load_units, ValueError),
+    "HuBERT units": (partial(vocabulary_folder, k=5), lambda folder: load_units(folder / "units"), ValueError),
+    "Whisper units": (write_whisper_units, lambda folder: load_units(folder / "units"), ValueError),
+    "vocoder": (write_vocoder, load_vocoder, ValueError),
+    **{f"audio, {kind}": one_file("a.sound", sound(kind), read_audio)
        for kind in ("WAV", "FLAC", "OGG", "MP3", "NIST")},
-    "WRD": one_file("a.WRD", "0 1600 she\n1600 3200 had\n", words.read_wrd),
-    "TextGrid": one_file("a.TextGrid", textgrid(TIMED, 0.25), words.read_textgrid),
-    "short TextGrid": one_file("a.TextGrid", textgrid(TIMED, 0.25, long=False), words.read_textgrid),
-    "ctm": one_file("a.ctm", ";; a comment\na 1 0.25 0.25 she 0.9\na 1 0.50 0.25 had 0.9\n", words.read_ctm),
-    "json of words": one_file("a.json", dict(segments=[dict(words=ROWS), dict(words=ROWS)]), words.read_timed_json),
-    "json of MFA": one_file("a.json", dict(tiers=dict(words=dict(entries=[[0, 0.1, "she"]]))), words.read_timed_json),
-    "swc": one_file("aligned.swc", SWC, words.read_swc),
-    "aligner": (write_aligner, words.load_aligner, ValueError),
+    "WRD": one_file("a.WRD", "0 1600 she\n1600 3200 had\n", read_wrd),
+    "TextGrid": one_file("a.TextGrid", textgrid(TIMED, 0.25), read_textgrid),
+    "short TextGrid": one_file("a.TextGrid", textgrid(TIMED, 0.25, long=False), read_textgrid),
+    "ctm": one_file("a.ctm", ";; a comment\na 1 0.25 0.25 she 0.9\na 1 0.50 0.25 had 0.9\n", read_ctm),
+    "json of words": one_file("a.json", dict(segments=[dict(words=ROWS), dict(words=ROWS)]), read_timed_json),
+    "json of MFA": one_file("a.json", dict(tiers=dict(words=dict(entries=[[0, 0.1, "she"]]))), read_timed_json),
+    "swc": one_file("aligned.swc", SWC, read_swc),
+    "aligner": (write_aligner, load_aligner, ValueError),
     # convert.py
     "GGUF": (write_gguf, lambda folder: convert.smollm2(folder / "out", folder / "a.gguf"), SystemExit),
     "k-means": (write_kmeans, read_kmeans, ValueError),

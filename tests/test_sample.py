@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from test_model import ABLATIONS, PAGE, TINY, both_logits, interleaved, make
 
 import sample
-import speech
 from model import Config, SmolTolk, from_pretrained, new_cache, save_pretrained
+from speech.mel import fit_mel_units, mel_frames, save_mel_units, voice
+from speech.units import load_units, resynthesise
 
 LENGTH = 30
 built = functools.cache(lambda i: make(**ABLATIONS[i]))
@@ -234,8 +235,8 @@ def folder(tmp_path_factory):
     demo.train_tokenizer([PAGE, "Ünï ¿dé? 你好 😀"] * 3, 400, model / "tokenizer.json")
     sounds = [np.repeat(rng.normal(0, 0.2, 40), 1600)[:60_000] * np.sin(np.arange(60_000) * 2 * k) for k in (1, 2, 3)]
     sounds = [sound.astype(np.float32) for sound in sounds]
-    codebook = speech.fit_mel_units([speech.mel_frames(x) for x in sounds], 12, 0, voices=[speech.voice(sounds[0])])
-    speech.save_mel_units(str(path / "units"), codebook)
+    codebook = fit_mel_units([mel_frames(x) for x in sounds], 12, 0, voices=[voice(sounds[0])])
+    save_mel_units(str(path / "units"), codebook)
     (model / "units.json").write_bytes((path / "units" / "units.json").read_bytes())
     torch.manual_seed(0)
     vocab_size = sample.Tokenizer(model / "tokenizer.json").vocab_size
@@ -272,7 +273,7 @@ def test_speech_comes_as_a_wav_and_its_units(folder, capsys, tmp_path, prompt):
     ids = json.loads((tmp_path / "answer.json").read_text())
     waveform, rate = soundfile.read(tmp_path / "answer.wav")
     assert 0 < len(ids) <= 40 and set(ids) <= set(range(12)) and text == ""
-    assert rate == 16000 and len(waveform) == len(speech.resynthesise(ids, speech.load_units(folder / "units")))
+    assert rate == 16000 and len(waveform) == len(resynthesise(ids, load_units(folder / "units")))
     assert "answer.wav" in said and f"{len(ids)} units" in said
     talk(folder, capsys, tmp_path, f"--prompt={tmp_path}/answer.json", "--to=text:3")  # and is a prompt again
 
@@ -375,7 +376,7 @@ def test_bad_input_is_one_clear_line(folder, capsys, tmp_path, args, message):
 
 
 def test_units_of_another_vocabulary(folder, capsys, tmp_path):
-    other = speech.fit_mel_units([np.random.default_rng(1).normal(size=(99, 26)).astype(np.float32)], 12, 0)
-    speech.save_mel_units(str(tmp_path / "units"), other)
+    other = fit_mel_units([np.random.default_rng(1).normal(size=(99, 26)).astype(np.float32)], 12, 0)
+    save_mel_units(str(tmp_path / "units"), other)
     with pytest.raises(SystemExit, match="units: not the units that the checkpoint was trained with"):
         talk(folder, capsys, tmp_path, "--to=speech", f"--units={tmp_path / 'units'}")

@@ -1,4 +1,4 @@
-"""corpora/books.py and corpora/small.py: other people's archives, phone purity, the cloze set, all of it in small."""
+"""studies/small/books.py and studies/small/corpus.py: other people's archives, phone purity, the cloze set, all of it in small."""
 import json
 import struct
 import zlib
@@ -6,8 +6,9 @@ import zlib
 import numpy as np
 import pytest
 
-from corpora import books, small
 from data import open_source
+from studies.small import books
+from studies.small import corpus as small
 
 
 def r_object(lines, version=3, kind=16):

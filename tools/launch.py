@@ -1,7 +1,7 @@
 """
 torchrun for machines that are taken away: signals to stop are handed on, and the exit code is the training's own.
 
-    python launch.py --nproc_per_node=4 train.py config/train_150m.py          takes all that torchrun takes
+    python -m tools.launch --nproc_per_node=4 train.py config/train_150m.py          takes all that torchrun takes
 
 torchrun as it is ends with 1 on SIGTERM whatever its processes do, and kills those that still write after 30 seconds;
 SIGUSR1 ends it at once, and they train on without it. Here they hear SIGTERM, SIGUSR1 and Ctrl-C and it waits for them:
