@@ -1,25 +1,24 @@
 """
-The numbers behind the paper's figures and Table 3, from checkpoints and data.
+The numbers behind Table 3 and Figures 2 to 9 of the paper, from trained models and data.
 
-    python analyze.py segmentation --checkpoint=out/train_tiny        Table 3: words found in the selector's weights
-    python analyze.py weights      --checkpoint=out/train_tiny        Figures 5, 7, 8, 9: omega and phi
+    python analyze.py segmentation --checkpoint=out/train_tiny      Table 3: word boundaries found with layer weights
+    python analyze.py weights      --checkpoint=out/train_tiny      Figures 5, 7, 8, 9: the layer weights omega and phi
     python analyze.py dimension    --checkpoint=out/train_tiny,out/baseline_tiny     Figure 3: intrinsic dimension
-    python analyze.py overlap      --checkpoint=out/train_tiny,out/baseline_tiny     Figure 4: shared subspaces
-    python analyze.py scaling      --checkpoint=out/train_tiny,out/baseline_tiny     Figures 2, 6: any logged metric
+    python analyze.py overlap      --checkpoint=out/train_tiny,out/baseline_tiny     Figure 4: subspace overlap
+    python analyze.py scaling      --checkpoint=out/train_tiny,out/baseline_tiny     Figures 2, 6: metrics over compute
 
-Each command writes a json, a csv and a png to --out; tools/figures.py draws the png from the json. --checkpoint names
-runs, of which the newest checkpoint is taken, or folders of models. `python analyze.py --help` lists all settings.
+Each command writes a csv, a json and a png to the folder --out. tools/figures.py draws the png from the json alone.
+--checkpoint takes folders of runs, whose newest checkpoint is used, and folders of models.
 
-Conventions. Layer 0 is the input to the backbone. Layer L is the last one, after the final norm. The model reads the
-speech EOS and then units. The omega of a unit is taken where that unit has just been read, as in Eq. 3, and a peak says
-that a word begins with it. With --omega_at=predicted it is taken one place earlier, where the unit is predicted. The
-start and the end of an utterance are not counted as boundaries.
+Conventions. Layer 0 is the input to the backbone, and layer L is its last layer, after the final norm. The model reads
+the speech EOS and then the units of an utterance. The omega of a unit is taken at the position where the model has just
+read that unit, as in Eq. 3. With --omega_at=predicted it is taken one position earlier, where the model predicts the
+unit. A peak of omega marks the first unit of a word. The start and the end of an utterance do not count as boundaries.
 """
 import csv
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 from scipy.signal import find_peaks
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from benchmarks.utterances import open_tokenizer, read_utterances
@@ -40,98 +40,96 @@ from runtime.devices import pick_device
 from runtime.log import flat, read_log
 
 checkpoint = "out/train_tiny"   # folders of runs or of models, separated by commas
-data = "data/demo/test"         # a paired set; segmentation and weights also take recordings, see corpus
-val = "data/demo/val"           # the same, for tuning the segmentation
-text = ""                       # dimension: take the text from this set, paired or text, instead of data
-corpus = ""                     # timit, manifest ...: data and val are folders for corpora/NAME.py, with true times
-units = ""                      # folder of the speech units: for corpus, and for the mean durations of units
-out = ""                        # folder for the results; default: analysis, in the folder of the first run
-device = "auto"                 # "cuda", "cpu", "mps", or the best one there is
+data = "data/demo/test"         # folder of a paired data set, or of recordings if corpus is set
+val = "data/demo/val"           # segmentation: a second folder of the same kind, on which the methods are tuned
+text = ""                       # dimension: folder of a paired or text data set for the text; default: the same as data
+corpus = ""                     # segmentation, weights: the NAME of corpora/NAME.py, to read recordings with true times
+units = ""                      # folder of the speech units: needed with corpus, otherwise gives durations of units
+out = ""                        # folder for the results; default: the folder "analysis" in the first run
+device = "auto"                 # "cuda", "cpu", "mps", or "auto" for the best one available
 batch_tokens = 8192             # positions in one forward pass
-seed = 1
-utterances = 2000               # segmentation, weights: the most utterances that are read
-tolerance = 1                   # segmentation: largest distance of a hit from a true boundary, in units
-tolerance_ms = 40.0             # and in milliseconds
-omega_at = "read"               # a unit's omega is taken where it is "read", or one place before: "predicted"
-utterance = 0                   # weights: number of the utterance that is drawn
-drawn_units = 120               # and how many of its units
-words = 20                      # dimension, overlap: words in a subsequence; its last token stands for it
-points = 10_000                 # subsequences in a batch, or fewer if the data holds fewer
-batches = 5                     # disjoint batches
-clip = 0.95                     # clip elements at this quantile of their absolute values, layer by layer
-max_rank = 2**13                # dimension: rank of the farthest neighbour
-scale = 0                       # neighbour rank n, a power of 2, at which the dimension is read off; 0: the plateau
-components = 50                 # overlap: principal components
+seed = 1                        # for subsequences, the random baseline and the bootstrap
+utterances = 2000               # segmentation, weights: the number of utterances, if the data holds so many
+tolerance = 1                   # segmentation: the largest distance between a hit and a true boundary, in units
+tolerance_ms = 40.0             # segmentation: the same in milliseconds
+omega_at = "read"               # segmentation, weights: the position of a unit's omega, "read" or "predicted"
+utterance = 0                   # weights: the number of the utterance to draw
+drawn_units = 120               # weights: the number of its units to draw
+words = 20                      # dimension, overlap: words in a subsequence, which its last token represents
+points = 10_000                 # dimension, overlap: subsequences in a batch, if the data holds so many
+batches = 5                     # dimension, overlap: disjoint batches, for means and deviations
+clip = 0.95                     # dimension, overlap: clip each layer at this quantile of its absolute values
+max_rank = 2**13                # dimension: the rank of the farthest neighbour
+scale = 0                       # dimension: the neighbour rank n, a power of 2, to report; 0: the plateau of the curve
+components = 50                 # overlap: the number of principal components
 bootstrap = 50                  # overlap: bootstrap samples for the band
-metrics = "nll/speech/speech,topic_cloze/S/accuracy,topic_cloze/T->S/accuracy,topic_cloze/S->T/accuracy"  # scaling
+_CLOZE = "topic_cloze/S/accuracy,topic_cloze/T->S/accuracy,topic_cloze/S->T/accuracy"
+metrics = f"nll/speech/speech,{_CLOZE}"  # scaling: keys in log.jsonl, those of nested dicts joined by /
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
 PROMINENCES = np.arange(1, 16) / 100  # (0, 0.15] in steps of 0.01, Appendix C.2
+LARGE = 1 << 24  # words or tokens; of data sets with more, a sample is enough
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# models
+# models and their states
 
 class Model(NamedTuple):
     name: str
     folder: Path
     net: torch.nn.Module
-    speaks: bool  # False: the folder of a text model, whose speech modules are random
+    speaks: bool  # False for the folder of a text model, whose speech modules have random weights
+
+
+def run_of(folder):
+    """The folder of the run to which a checkpoint belongs. Any other folder is returned as it is."""
+    folder = Path(folder)
+    return folder.parent if folder.name.startswith("checkpoint-") else folder
 
 
 def named_folders(checkpoint):
-    """{name: folder} of the folders in --checkpoint. Where short names are not unique, paths are the names."""
+    """{name: folder} of the folders in --checkpoint, named after their runs or, if runs share a name, by full paths."""
     folders = [Path(folder) for folder in checkpoint.split(",")]
-    paths = [folder.resolve() for folder in folders]
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"checkpoint={checkpoint}: names the same folder twice")
-    names = [path.parent.name if path.name.startswith("checkpoint-") else path.name for path in paths]
+    names = [run_of(folder.resolve()).name for folder in folders]
     if len(set(names)) < len(names):
-        names = [str(path).strip("/").replace("/", "-") for path in paths]
+        names = [str(folder.resolve()).strip("/").replace("/", "-") for folder in folders]
     return dict(zip(names, folders))
 
 
-def open_models(settings):
-    """A list with one Model for each folder in --checkpoint."""
+def open_models(settings, needs=""):
+    """A list of the Models in --checkpoint. ValueError if one lacks what a command needs: "speech" or "selector"."""
     models = []
     for name, folder in named_folders(settings.checkpoint).items():
         folder = newest_checkpoint(folder)
         net = from_pretrained(folder).to(settings.device).eval()
-        models.append(Model(name, folder, net, (folder / "speech.safetensors").exists()))
-    return models
-
-
-def open_models_with_selector(settings):
-    models = open_models(settings)
-    for model in models:
-        if not model.speaks or model.net.config.layer_pooling != "dynamic":
-            raise ValueError(f"{model.folder}: has no trained layer selector (layer_pooling='dynamic')")
+        speaks = (folder / "speech.safetensors").exists()
+        if needs and not speaks:
+            raise ValueError(f"{folder}: a text model; give a model that was trained on speech")
+        if needs == "selector" and net.config.layer_pooling != "dynamic":
+            raise ValueError(f"{folder}: has no layer selector; give a model with layer_pooling='dynamic'")
+        models.append(Model(name, folder, net, speaks))
     return models
 
 
 def run_in_batches(net, sequences, batch_tokens, layout=None):
-    """Yield (indices of sequences, their lengths, Output), from the longest sequences to the shortest.
+    """Yield (indices of sequences, their lengths, Output) for one batch after another, the longest sequences first.
 
-    sequences: arrays of ids. They are padded on the right, which a causal model does not see.
+    sequences: int64 arrays of ids. They are padded on the right, which does not matter to a causal model.
     """
     lengths = np.array([len(ids) for ids in sequences])
     order = np.argsort(-lengths, kind="stable")
     device = next(net.parameters()).device
-    begin = 0
-    while begin < len(order):
-        longest = lengths[order[begin]]
-        chosen = order[begin:begin + max(1, batch_tokens // longest)]
-        ids = np.zeros((len(chosen), longest), np.int64)
-        for row, i in zip(ids, chosen):
-            row[:lengths[i]] = sequences[i]
+    while len(order):
+        n = max(1, batch_tokens // lengths[order[0]])
+        chosen, order = order[:n], order[n:]
+        ids = pad_sequence([torch.from_numpy(sequences[i]) for i in chosen], batch_first=True)  # [n, longest]
         with torch.inference_mode():
-            output = net(torch.from_numpy(ids).to(device), layout=layout)
+            output = net(ids.to(device), layout=layout)
         yield chosen, lengths[chosen], output
-        begin += len(chosen)
 
 
 def last_hidden(net, sequences, batch_tokens, text=False):
-    """Hidden states at the last token of each sequence -> float32 [L + 1, n, d]. text: do they hold text alone?"""
+    """Hidden states at the last token of each sequence -> float32 [L + 1, n, d]. text: True for text-only sequences."""
     states = np.empty((net.config.num_hidden_layers + 1, len(sequences), net.config.hidden_size), np.float32)
     for chosen, lengths, output in run_in_batches(net, sequences, batch_tokens, TEXT_ONLY if text else None):
         rows, last = torch.arange(len(chosen)), torch.from_numpy(lengths - 1)
@@ -142,7 +140,7 @@ def last_hidden(net, sequences, batch_tokens, text=False):
 
 def layer_weights(net, utterances, batch_tokens, omega_at):
     """omega of each utterance, a list of float32 [units, L]. omega_at: "read" or "predicted"."""
-    sequences = [[net.config.speech_eos, *(u.units + net.config.vocab_size)] for u in utterances]
+    sequences = [np.append(net.config.speech_eos, u.units + net.config.vocab_size) for u in utterances]
     omega = [None] * len(utterances)
     for chosen, lengths, output in run_in_batches(net, sequences, batch_tokens):
         for i, length, row in zip(chosen, lengths, output.log_omega.exp().cpu().numpy()):
@@ -150,17 +148,22 @@ def layer_weights(net, utterances, batch_tokens, omega_at):
     return omega
 
 
+def bootstrap_counts(rng, n, samples):
+    """How often each of n items is drawn in each bootstrap sample, int64 [samples, n]."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=samples)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# subsequences of words and their hidden states, for intrinsic dimension and overlap (Appendix C.1)
+# subsequences of words and their hidden states, for intrinsic dimension and subspace overlap (Appendix C.1)
 
-def word_table(shard, stream, tokenizer, longest=1 << 24):
-    """(offsets of words in a stream [w + 1], first words of documents [d + 1]) of an opened data set.
+def word_table(shard, stream, tokenizer):
+    """(offsets of the words in a stream of a data set [w + 1], first words of its documents [d + 1]).
 
-    A text set has no word offsets. There a word begins with a space; only the first `longest` tokens are looked at.
+    A text set has no word offsets. There a token that starts with a space begins a word.
     """
     if shard.text_words is not None:
         return (shard.text_words if stream == "text" else shard.speech_words), shard.documents
-    ids, documents = np.asarray(shard.text[:longest]), shard.documents[shard.documents <= longest]
+    ids, documents = np.asarray(shard.text[:LARGE]), shard.documents[shard.documents <= LARGE]
     begins_word = np.zeros(tokenizer.vocab_size, bool)
     for i in np.unique(ids):
         begins_word[i] = i == tokenizer.eos or tokenizer.decode_bytes([i])[:1].isspace()
@@ -171,20 +174,20 @@ def word_table(shard, stream, tokenizer, longest=1 << 24):
 
 
 def subsequences(shards, streams, words, count, seed, tokenizer=None):
-    """Up to `count` different random subsequences of so many words, none with the end of a document inside.
+    """Up to `count` different random subsequences of `words` words, each from one document and without its EOS.
 
-    Returns {stream: list of int64 arrays}, ids as the shards hold them. All streams have the same words.
+    Returns {stream: list of int64 arrays of ids as in the shards}. Item i of all streams has the same words.
     """
     tables = [{stream: word_table(shard, stream, tokenizer) for stream in streams} for shard in shards]
     shard_ends = np.cumsum([len(table[streams[0]][0]) - 1 for table in tables])  # in words
     rng, n_words = np.random.default_rng(seed), shard_ends[-1]
-    starts = n_words if n_words < 1 << 24 else np.unique(rng.integers(n_words, size=16 * count))
+    starts = n_words if n_words < LARGE else np.unique(rng.integers(n_words, size=16 * count))
     found = {stream: [] for stream in streams}
     for start in rng.permutation(starts):
         s = int(np.searchsorted(shard_ends, start, side="right"))
         first = start - (shard_ends[s - 1] if s else 0)
         documents = tables[s][streams[0]][1]
-        following = np.searchsorted(documents, first, side="right")  # the document after this one
+        following = np.searchsorted(documents, first, side="right")  # the next document
         if following == len(documents) or first + words > documents[following] - 1:  # the last word is the EOS
             continue
         for stream in streams:
@@ -195,129 +198,40 @@ def subsequences(shards, streams, words, count, seed, tokenizer=None):
     return found
 
 
-def clip_outliers(x, quantile):
-    """x [n, d] with its elements clipped at the given quantile of their absolute values."""
-    limit = np.quantile(np.abs(x), quantile)
-    return np.clip(x, -limit, limit)
-
-
 def representations(model, folder, streams, settings):
-    """{stream: float32 [L + 1, n, d]}: clipped last-token states of random subsequences, n a multiple of --batches."""
+    """{stream: float32 [L + 1, n, d]}: clipped last-token states of random subsequences. --batches divides n."""
     kind = "interleaved" if "speech" in streams else "text"
     shards, tokenizer = open_source(kind, [folder], *made_with(model.folder)).shards, open_tokenizer(model.folder)
     if shards[0].text_words is None and tokenizer is None:
-        raise ValueError(f"{folder}: a text set, and {model.folder} has no tokenizer.json to find its words with")
-    found = subsequences(shards, streams, settings.words, settings.points * settings.batches, settings.seed, tokenizer)
-    batches = settings.batches
+        raise ValueError(f"{folder}: a text set, whose words cannot be found without {model.folder}/tokenizer.json")
+    words, batches = settings.words, settings.batches
+    found = subsequences(shards, streams, words, settings.points * batches, settings.seed, tokenizer)
     n = len(found[streams[0]]) // batches * batches
     if n < 3 * batches:
-        raise ValueError(f"{folder}: {n} subsequences of {settings.words} words, too few for {batches} batches")
+        raise ValueError(f"{folder}: {n} subsequences of {words} words, too few for {batches} batches")
     states = {}
     for stream, sequences in found.items():
-        if not all(map(len, sequences)):
-            raise ValueError(f"{folder}: {settings.words} words in a row without a unit; set --words higher")
+        if not all(len(ids) for ids in sequences):
+            raise ValueError(f"{folder}: {words} words in a row have no units; set --words higher")
         shift = model.net.config.vocab_size if stream == "speech" else 0
         sequences = [ids + shift for ids in sequences[:n]]
         states[stream] = last_hidden(model.net, sequences, settings.batch_tokens, text=stream == "text")
-        for layer, x in enumerate(states[stream]):
-            states[stream][layer] = clip_outliers(x, settings.clip)
+        for x in states[stream]:  # each layer has outliers of its own size
+            limit = np.quantile(np.abs(x), settings.clip)
+            np.clip(x, -limit, limit, out=x)
     return states
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# word segmentation
-
-def r_value(precision, recall):
-    """The R-value (Räsänen et al. 2009), 1 for perfect, of precision and recall in 0..1 (numbers or arrays)."""
-    precision, recall = np.asarray(precision, float), np.asarray(recall, float)
-    # Over-segmentation is recall / precision - 1. It is -1 where there is no hit.
-    ratio = np.divide(recall, precision, out=np.zeros_like(recall * precision), where=precision > 0)
-    over = ratio - 1
-    r1 = np.sqrt((1 - recall) ** 2 + over ** 2)
-    r2 = (-over + recall - 1) / np.sqrt(2)
-    return 1 - (np.abs(r1) + np.abs(r2)) / 2
-
-
-def match(predicted, true, tolerance, one_to_one=False):
-    """Which positions in two ascending arrays have a partner in the other: (bool [predicted], bool [true]).
-
-    By default a position is a hit if any position of the other array lies within the tolerance, so one can serve
-    several (Kreuk et al. 2020). one_to_one: the largest matching in which each has at most one partner.
-    """
-    predicted, true = np.asarray(predicted, float), np.asarray(true, float)
-    reach = tolerance + 1e-6  # far below a unit or a millisecond, far above rounding
-    if one_to_one:
-        return match_one_to_one(predicted, true, reach)
-
-    def has_near(a, b):
-        return np.searchsorted(b, a + reach, side="right") > np.searchsorted(b, a - reach)
-    return has_near(predicted, true), has_near(true, predicted)
-
-
-def match_one_to_one(predicted, true, reach):
-    """From left to right, join the first two that are close enough. This is optimal, as all have the same reach."""
-    hit_predicted, hit_true = np.zeros(len(predicted), bool), np.zeros(len(true), bool)
-    p, t = predicted.tolist(), true.tolist()
-    i = j = 0
-    while i < len(p) and j < len(t):
-        if abs(p[i] - t[j]) <= reach:
-            hit_predicted[i] = hit_true[j] = True
-            i, j = i + 1, j + 1
-        elif p[i] < t[j]:
-            i += 1
-        else:
-            j += 1
-    return hit_predicted, hit_true
-
-
-class Axis(NamedTuple):
-    """Utterances laid end to end on one axis, in units or in seconds, with gaps wider than any tolerance."""
-    position: np.ndarray  # float64, of every unit
-    true: np.ndarray      # float64, of the boundaries
-    edges: np.ndarray     # float64 [utterances + 1], in the gaps
-
-
-def lay_out(utterances, measure, gap=1000):
-    """The Axis of a list of Utterance; measure: "units" or "seconds"."""
-    if measure == "units":
-        starts, true = [np.arange(len(u.units) + 1.0) for u in utterances], [u.boundaries() for u in utterances]
-    else:
-        starts, true = [u.starts for u in utterances], [u.boundary_times() for u in utterances]
-    begin = np.cumsum([0, *(s[-1] + gap for s in starts)])
-    return Axis(np.concatenate([s[:-1] + b for s, b in zip(starts, begin)]),
-                np.concatenate([t + b for t, b in zip(true, begin)]), begin - gap / 2)
-
-
-def count_hits(predicted, axis, tolerance, one_to_one=False):
-    """int64 [utterances, 4]: predicted boundaries that hit, all of them, true boundaries that are hit, all of them."""
-    hit_predicted, hit_true = match(predicted, axis.true, tolerance, one_to_one)
-    positions = predicted[hit_predicted], predicted, axis.true[hit_true], axis.true
-    return np.stack([np.histogram(x, axis.edges)[0] for x in positions], axis=1)
-
-
-def scores(counts):
-    """Precision, recall, F1 and R-value in percent from counts [..., 4] like those of count_hits."""
-    hit_predicted, n_predicted, hit_true, n_true = np.moveaxis(np.asarray(counts, float), -1, 0)
-    precision, recall = hit_predicted / np.maximum(1, n_predicted), hit_true / np.maximum(1, n_true)
-    f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
-    return dict(precision=100 * precision, recall=100 * recall, f1=100 * f1, r_value=100 * r_value(precision, recall))
-
-
-class Method(NamedTuple):
-    """A way of finding word boundaries in the utterances of one split."""
-    values: np.ndarray  # of its one parameter, to choose among on the validation split
-    predict: Callable   # value -> boundaries, as indices into all units of the split, int64
-
-
-class Split(NamedTuple):
-    utterances: list
-    methods: dict  # {name: Method}
-
+# word segmentation (Appendix C.2)
+#
+# A method has one parameter. Here it is a dict {value of the parameter: boundaries found}. Boundaries are indices into
+# the units of all utterances of a split, one utterance after another.
 
 def peaks(signals, values, step=1.0):
-    """The Method that sets a boundary at each peak with a prominence of at least value * step.
+    """The method that finds a boundary at each peak whose prominence is at least value * step.
 
-    signals: a list of float [units]. The ends of a signal are never peaks.
+    signals: a list of float [units], one for each utterance. The ends of a signal are never peaks.
     """
     positions, prominences, offset = [], [], 0
     for signal in signals:
@@ -326,241 +240,264 @@ def peaks(signals, values, step=1.0):
         prominences.append(properties["prominences"])
         offset += len(signal)
     positions, prominences = np.concatenate(positions), np.concatenate(prominences)
-    return Method(values, lambda least: positions[prominences >= least * step])
+    return {value: positions[prominences >= value * step] for value in values.tolist()}
 
 
-def baselines(utterances, rng):
-    """{name: Method} of methods without a model: chance and, where times are known, slow changes of units."""
+def baselines(utterances, seed):
+    """{name: method} of methods without a model: random, regular and, where times are known, slow changes of units."""
     within = np.concatenate([np.arange(len(u.units)) for u in utterances])  # position of a unit in its utterance
-    draws = np.where(within > 0, rng.random(len(within)), 1)  # an utterance does not begin with a boundary
-
-    def every(k):
-        return np.flatnonzero((within % k == 0) & (within > 0))
+    draws = np.where(within > 0, np.random.default_rng(seed).random(len(within)), 1)  # 1: never a boundary
     methods = {}
-    if utterances[0].starts is not None:  # the rate of changes is 1 / duration of the unit before
-        durations = [np.append(0, np.diff(u.starts)[:-1]) for u in utterances]
-        methods["unit-change rate, where it falls"] = peaks(durations, np.arange(1, 17), step=0.01)  # in seconds
-    methods["random"] = Method(np.arange(1, 21) / 40, lambda rate: np.flatnonzero(draws < rate))
-    methods["every k units"] = Method(np.arange(1, 21), every)
-    methods["every unit change"] = Method(np.ones(1), every)
+    if utterances[0].starts is not None:  # the rate of changes is 1 / duration of the previous unit
+        durations = [np.append(0, np.diff(u.starts)[:-1]) for u in utterances]  # in seconds
+        methods["unit-change rate, where it falls"] = peaks(durations, np.arange(1, 17), step=0.01)
+    methods["random"] = {i / 40: np.flatnonzero(draws < i / 40) for i in range(1, 21)}
+    methods["every k units"] = {k: np.flatnonzero((within % k == 0) & (within > 0)) for k in range(1, 21)}
+    methods["every unit change"] = {1.0: np.flatnonzero(within > 0)}
     return methods
 
 
-def tune_and_score(val, test, measure, tolerance, one_to_one, seed):
-    """For each method of two Splits, a row with its scores in percent on test, at its best value on val.
-
-    The best value is that with the highest R-value. The standard error of the R-value is a bootstrap over utterances.
-    """
-    val_axis, test_axis, rows = lay_out(val.utterances, measure), lay_out(test.utterances, measure), []
-    for name, (values, predict) in val.methods.items():
-        if name not in test.methods:  # only one of the splits has times
-            continue
-        curve = []
-        for value in values:
-            counts = count_hits(val_axis.position[predict(value)], val_axis, tolerance, one_to_one)
-            curve.append(float(scores(counts.sum(0))["r_value"]))
-        best = values[int(np.argmax(curve))]
-        counts = count_hits(test_axis.position[test.methods[name].predict(best)], test_axis, tolerance, one_to_one)
-        total = {key: float(value) for key, value in scores(counts.sum(0)).items()}
-        rows.append(dict(method=name, setting=float(best), **total, r_value_stderr=r_value_error(counts, seed),
-                         predicted=int(counts[:, 1].sum()), true=int(counts[:, 3].sum()),
-                         settings=values, validation=curve))
-    return rows
-
-
-def r_value_error(counts, seed, samples=200):
-    """Standard error of the R-value in percent, from counts int64 [utterances, 4] of utterances drawn anew."""
-    n = len(counts)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)  # [samples, utterances]
-    return float(scores(drawn @ counts)["r_value"].std())
-
-
-def segmentation(settings):
-    """Table 3, with methods that need no model for comparison."""
-    rows, about = [], {}
-    for model in open_models_with_selector(settings):
-        val, test = (open_split(folder, model, settings) for folder in (settings.val, settings.data))
-        timed = val.utterances[0].starts is not None and test.utterances[0].starts is not None
-        for row in segmentation_rows(val, test, timed, settings):
-            needs_model = row["method"].startswith("omega")
-            if needs_model or not about:  # the other methods are the same for all models
-                rows.append(dict(model=model.name if needs_model else "", **row))
-        times = "true" if settings.corpus else "estimated: mean duration of each unit"
-        about[model.name] = dict(checkpoint=str(model.folder), utterances=len(test.utterances),
-                                 validation_utterances=len(val.utterances), times=timed and times)
-    print_segmentation(rows)
-    table = [{key: row[key] for key in row if key not in ("settings", "validation")} for row in rows]
-    save("segmentation", settings, table, models=about, rows=rows)
-
-
-def open_split(folder, model, settings):
-    """The Split of a folder's utterances, whose methods are the peaks of each layer's omega, and the baselines."""
-    utterances = read_utterances(folder, model, settings)
+def find_boundaries(model, utterances, settings):
+    """{name: method}: the peaks of each layer's omega, from the last layer to the first, and the baselines."""
     omega = layer_weights(model.net, utterances, settings.batch_tokens, settings.omega_at)
     methods, L = {}, model.net.config.num_hidden_layers
     for layer in range(L, 0, -1):
         name = f"omega of layer {layer}" + (", the last" if layer == L else "")
         methods[name] = peaks([of_utterance[:, layer - 1] for of_utterance in omega], PROMINENCES)
-    return Split(utterances, methods | baselines(utterances, np.random.default_rng(settings.seed)))
+    return methods | baselines(utterances, settings.seed)
 
 
-def segmentation_rows(val, test, timed, settings):
-    """The rows of tune_and_score for both kinds of matching, in units and, where times are known, in milliseconds."""
-    cases = [("units", settings.tolerance, f"{settings.tolerance:g} units")]
-    if timed:
-        cases.append(("seconds", settings.tolerance_ms / 1000, f"{settings.tolerance_ms:g} ms"))
-    rows = []
-    for (measure, tolerance, within), matching in itertools.product(cases, ["nearest", "one-to-one"]):
-        for row in tune_and_score(val, test, measure, tolerance, matching == "one-to-one", settings.seed):
-            rows.append(dict(within=within, matching=matching, **row))
+def match_nearest(predicted, true, reach):
+    """Which positions in two ascending arrays are hits: (bool [predicted], bool [true]).
+
+    A position is a hit if any position in the other array lies within reach, so one can serve several (Kreuk et al.
+    2020).
+    """
+    def has_near(a, b):
+        return np.searchsorted(b, a + reach, side="right") > np.searchsorted(b, a - reach)
+    return has_near(predicted, true), has_near(true, predicted)
+
+
+def match_one_to_one(predicted, true, reach):
+    """As match_nearest, but a hit has a partner of its own: the largest matching of pairs within reach.
+
+    From left to right, each position takes the first free partner. This is optimal because all have the same reach.
+    """
+    hit_predicted, hit_true = np.zeros(len(predicted), bool), np.zeros(len(true), bool)
+    candidates, j = true.tolist(), 0
+    for i, position in enumerate(predicted.tolist()):
+        while j < len(candidates) and candidates[j] < position - reach:
+            j += 1
+        if j < len(candidates) and candidates[j] <= position + reach:
+            hit_predicted[i] = hit_true[j] = True
+            j += 1
+    return hit_predicted, hit_true
+
+
+MATCHINGS = {"nearest": match_nearest, "one-to-one": match_one_to_one}
+
+
+def lay_out(utterances, measure, gap=1000):
+    """Lay a list of Utterances end to end on one axis, in "units" or "seconds", with gaps wider than any tolerance.
+
+    Returns positions of all units, positions of the true boundaries, and edges [utterances + 1] in the gaps, float64.
+    """
+    if measure == "units":
+        starts, true = [np.arange(len(u.units) + 1.0) for u in utterances], [u.boundaries() for u in utterances]
+    else:
+        starts, true = [u.starts for u in utterances], [u.boundary_times() for u in utterances]
+    begin = np.cumsum([0, *(s[-1] + gap for s in starts)])
+    positions = np.concatenate([s[:-1] + b for s, b in zip(starts, begin)])
+    return positions, np.concatenate([t + b for t, b in zip(true, begin)]), begin - gap / 2
+
+
+def count_hits(boundaries, axis, tolerance, matching):
+    """int64 [utterances, 4]: hits among the predicted boundaries, all predicted, hits among the true ones, all true."""
+    positions, true, edges = axis
+    predicted = positions[boundaries]
+    reach = tolerance + 1e-6  # far less than a unit or a millisecond, far more than a rounding error
+    hit_predicted, hit_true = MATCHINGS[matching](predicted, true, reach)
+    counted = predicted[hit_predicted], predicted, true[hit_true], true
+    return np.stack([np.histogram(x, edges)[0] for x in counted], axis=1)
+
+
+def scores(counts):
+    """{name: score in percent} from counts [..., 4] such as those of count_hits.
+
+    The R-value (Räsänen et al. 2009) is 100 for a perfect segmentation. With OS = recall / precision - 1, it is
+        R = 1 - (|r1| + |r2|) / 2,   r1 = sqrt((1 - recall)^2 + OS^2),   r2 = (recall - 1 - OS) / sqrt(2)
+    """
+    hit_predicted, n_predicted, hit_true, n_true = np.moveaxis(np.asarray(counts, float), -1, 0)
+    precision, recall = hit_predicted / np.maximum(1, n_predicted), hit_true / np.maximum(1, n_true)
+    f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
+    over = recall / np.maximum(1e-12, precision) - 1  # over-segmentation; -1 without any hit
+    r1 = np.sqrt((1 - recall) ** 2 + over ** 2)
+    r2 = (-over + recall - 1) / np.sqrt(2)
+    r_value = 1 - (np.abs(r1) + np.abs(r2)) / 2
+    return dict(precision=100 * precision, recall=100 * recall, f1=100 * f1, r_value=100 * r_value)
+
+
+def tune_and_score(val, test, tolerance, matching, seed):
+    """A row for each method, with its scores on test at the value that has the highest R-value on val.
+
+    val, test: ({name: method}, axis) of the two splits. Methods that only one of them has are left out.
+    """
+    (val_methods, val_axis), (test_methods, test_axis), rows = val, test, []
+    for name in [name for name in val_methods if name in test_methods]:
+        curve = {}  # {value: R-value on val}
+        for value, boundaries in val_methods[name].items():
+            counts = count_hits(boundaries, val_axis, tolerance, matching)
+            curve[value] = float(scores(counts.sum(0))["r_value"])
+        best = max(curve, key=curve.get)
+        counts = count_hits(test_methods[name][best], test_axis, tolerance, matching)
+        total = {key: float(score) for key, score in scores(counts.sum(0)).items()}
+        resampled = bootstrap_counts(np.random.default_rng(seed), len(counts), 200) @ counts  # [200, 4]
+        error = float(scores(resampled)["r_value"].std())
+        rows.append(dict(method=name, setting=float(best), **total, r_value_stderr=error,
+                         predicted=int(counts[:, 1].sum()), true=int(counts[:, 3].sum()),
+                         settings=list(curve), validation=list(curve.values())))
     return rows
 
 
-def print_segmentation(rows):
-    title = None
+def segmentation(settings):
+    """Table 3, with methods that need no model for comparison."""
+    rows, models = [], {}
+    for model in open_models(settings, needs="selector"):
+        val, test = (read_utterances(folder, model, settings) for folder in (settings.val, settings.data))
+        val_methods, test_methods = (find_boundaries(model, utterances, settings) for utterances in (val, test))
+        timed = val[0].starts is not None and test[0].starts is not None
+        cases = [("units", settings.tolerance, f"{settings.tolerance:g} units")]
+        if timed:
+            cases.append(("seconds", settings.tolerance_ms / 1000, f"{settings.tolerance_ms:g} ms"))
+        for (measure, tolerance, within), matching in itertools.product(cases, MATCHINGS):
+            splits = (val_methods, lay_out(val, measure)), (test_methods, lay_out(test, measure))
+            for row in tune_and_score(*splits, tolerance, matching, settings.seed):
+                name = model.name if row["method"].startswith("omega") else ""
+                if name or not models:  # the other methods are the same for all models
+                    rows.append(dict(model=name, within=within, matching=matching, **row))
+        times = "true" if settings.corpus else "estimated: mean duration of each unit"
+        models[model.name] = dict(checkpoint=str(model.folder), utterances=len(test), validation_utterances=len(val),
+                                  times=timed and times)
+    print(f"{'model':20}{'method':32}{'within':>8}{'matching':>12}  setting  precision  recall    F1  R-value")
     for row in rows:
-        if row["model"] and "the last" not in row["method"]:
-            continue
-        its_title = f"within {row['within']}, {row['matching']} matching, %"
-        if title != its_title:
-            title = its_title
-            print(f"\n{title:52}  setting  precision  recall     F1  R-value")
-        print(f"{row['model']:20}{row['method']:32}{row['setting']:9.3g}{row['precision']:11.1f}{row['recall']:8.1f}"
-              f"{row['f1']:7.1f}{row['r_value']:9.1f} ± {row['r_value_stderr']:.1f}")
+        if not row["model"] or "the last" in row["method"]:
+            print(f"{row['model']:20}{row['method']:32}{row['within']:>8}{row['matching']:>12}{row['setting']:9.3g}"
+                  f"{row['precision']:11.1f}{row['recall']:8.1f}{row['f1']:6.1f}{row['r_value']:9.1f}"
+                  f" ± {row['r_value_stderr']:.1f}")
+    return rows, dict(models=models, rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # layer weights
 
-def near_boundaries(utterances, omega, shift):
-    """The last layer's omega at all units that come `shift` units after the first unit of a word, float32 [n]."""
-    values = []
-    for utterance, its_omega in zip(utterances, omega):
-        positions = utterance.boundaries() + shift
-        positions = positions[(positions >= 0) & (positions < len(its_omega))]
-        values.append(its_omega[positions, -1])
-    return np.concatenate(values)
+def weights(settings):
+    """omega along one utterance, phi, and the distribution of omega over layers (Figures 5, 7, 8, 9)."""
+    rows, models = [], {}
+    for model in open_models(settings, needs="selector"):
+        utterances = read_utterances(settings.data, model, settings)
+        if not 0 <= settings.utterance < len(utterances):
+            raise ValueError(f"--utterance={settings.utterance}: {settings.data} has 0 to {len(utterances) - 1}")
+        omega = layer_weights(model.net, utterances, settings.batch_tokens, settings.omega_at)
+        utterance, drawn = utterances[settings.utterance], omega[settings.utterance]  # drawn: [units, L]
+        boundaries = utterance.boundaries()
+        for position, unit in enumerate(utterance.units):
+            word = utterance.words[np.searchsorted(utterance.offsets, position, side="right") - 1]
+            for layer, weight in enumerate(drawn[position], start=1):
+                rows.append(dict(model=model.name, position=position, unit=int(unit),
+                                 boundary=int(position in boundaries), word=word, layer=layer, omega=float(weight)))
+        models[model.name] = dict(
+            checkpoint=str(model.folder), phi=model.net.phi.detach().softmax(0).cpu().numpy(),
+            **summarise_weights(utterances, omega),
+            utterance=dict(words=utterance.words, offsets=utterance.offsets, omega=drawn[:settings.drawn_units]))
+    return rows, dict(models=models)
 
 
 def summarise_weights(utterances, omega):
     """Statistics of omega over all units, as a dict. omega: a list of float [units, L]."""
     everywhere = np.concatenate(omega)  # [units of all utterances, L]
-    around = {shift: near_boundaries(utterances, omega, shift) for shift in range(-4, 5)}
+    means, errors = {}, {}
+    for shift in range(-4, 5):  # in units, from the first unit of a word
+        values = []
+        for utterance, of_utterance in zip(utterances, omega):
+            positions = utterance.boundaries() + shift
+            positions = positions[(positions >= 0) & (positions < len(of_utterance))]
+            values.append(of_utterance[positions, -1])
+        values = np.concatenate(values)
+        means[shift], errors[shift] = float(values.mean()), float(values.std() / len(values) ** 0.5)
     return dict(omega_mean=everywhere.mean(0), units=len(everywhere),
                 omega_quantiles={q: np.quantile(everywhere, q, axis=0) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
                 entropy=-float((everywhere * np.log(everywhere + 1e-30)).sum(1).mean()),  # in nats
-                last_layer_around_boundaries={shift: float(x.mean()) for shift, x in around.items()},
-                last_layer_around_boundaries_stderr={shift: float(x.std() / len(x) ** 0.5)
-                                                     for shift, x in around.items()})
-
-
-def weights(settings):
-    """omega along one utterance, phi, and the distribution of omega over layers (Figures 5, 7, 8, 9)."""
-    rows, about = [], {}
-    for model in open_models_with_selector(settings):
-        utterances = read_utterances(settings.data, model, settings)
-        if not 0 <= settings.utterance < len(utterances):
-            raise ValueError(f"--utterance={settings.utterance}: {settings.data} has 0 to {len(utterances) - 1}")
-        omega = layer_weights(model.net, utterances, settings.batch_tokens, settings.omega_at)
-        drawn, drawn_omega = utterances[settings.utterance], omega[settings.utterance]
-        rows += weight_rows(model.name, drawn, drawn_omega)
-        about[model.name] = dict(
-            checkpoint=str(model.folder), phi=model.net.phi.detach().softmax(0).cpu().numpy(),
-            **summarise_weights(utterances, omega),
-            utterance=dict(words=drawn.words, offsets=drawn.offsets, omega=drawn_omega[:settings.drawn_units]))
-    save("weights", settings, rows, models=about)
-
-
-def weight_rows(name, utterance, omega):
-    """One row for each unit and layer of an utterance, omega [units, L]."""
-    boundaries, rows = set(utterance.boundaries().tolist()), []
-    for position, unit in enumerate(utterance.units):
-        word = utterance.words[np.searchsorted(utterance.offsets, position, side="right") - 1]
-        for layer, weight in enumerate(omega[position], start=1):
-            rows.append(dict(model=name, position=position, unit=int(unit), boundary=int(position in boundaries),
-                             word=word, layer=layer, omega=float(weight)))
-    return rows
+                last_layer_around_boundaries=means, last_layer_around_boundaries_stderr=errors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # intrinsic dimension: GRIDE (Denti et al. 2022), as in dadapy
 
-class Gride(NamedTuple):
-    """One estimate for each pair of neighbour ranks (n, 2n)."""
-    ids: np.ndarray      # intrinsic dimension; inf: above 1000
-    errors: np.ndarray   # its standard error
-    scales: np.ndarray   # mean distance of the two neighbours
-    ranks: np.ndarray    # n
-    points: int          # distinct points
-
-
 @torch.inference_mode()
 def neighbour_distances(x, ranks, device="cpu", at_once=1 << 24):
-    """Distances of each point to its neighbours of given ranks (1: the nearest): [N, D] -> float64 [N, ranks].
+    """Distances of each point in x [N, D] to its neighbours of the given ranks (1: the nearest) -> float64 [N, ranks].
 
-    They are computed in float32, and again in float64 where the nearest neighbour is so close, compared with the
-    distance from the centre, that rounding would show. at_once: the number of distances in memory at a time.
+    They are computed in float32, and again in float64 for points so close to their nearest neighbour, compared with
+    their distance from the centre, that rounding would show. at_once: the number of distances in memory at a time.
     """
     ranks = torch.as_tensor(ranks, device=device)
     exact = torch.as_tensor(x, device=device).double()
     exact = exact - exact.mean(0)
     norms, single = exact.square().sum(1), exact.float()  # [N], [N, D]
+
+    def squares_of(rows, points):
+        """Squared distances |a - b|^2 = |b|^2 - 2ab + |a|^2 of points a in `rows` to their neighbours b."""
+        squares = torch.addmm(norms.to(points)[None], points[rows], points.T, alpha=-2)  # [rows, N], without |a|^2
+        squares[torch.arange(len(rows), device=device), rows] = -torch.inf  # a point is its own neighbour of rank 0
+        if squares.is_cuda:
+            squares = squares.sort(dim=1).values
+        else:
+            squares.numpy().sort(axis=1)  # in place; on a CPU many times faster than torch's sort
+        return (squares[:, ranks] + norms[rows, None].to(points)).double()  # [rows, ranks]
+
     block, found = max(1, at_once // len(exact)), []
     for rows in torch.arange(len(exact), device=device).split(block):
-        squares = squared_distances(single, norms.float(), rows, ranks)
+        squares = squares_of(rows, single)
         close = (squares[:, 0] < norms[rows] / 256).nonzero()[:, 0]
         for part in close.split(max(1, block // 2)):
-            squares[part] = squared_distances(exact, norms, rows[part], ranks)
+            squares[part] = squares_of(rows[part], exact)
         found.append(squares)
     return torch.cat(found).clamp(min=1e-30).sqrt().cpu().numpy()
 
 
-def squared_distances(x, norms, rows, ranks):
-    """Squared distances of the points `rows` of x [N, D] to their neighbours of given ranks -> float64 [rows, ranks].
-
-    |a - b|^2 = |b|^2 - 2ab + |a|^2. norms [N] holds |a|^2 of all points. Within a row |a|^2 is the same, so it
-    does not change the order, and is added at the end.
-    """
-    squares = torch.addmm(norms[None], x[rows], x.T, alpha=-2)  # [rows, N]
-    squares[torch.arange(len(rows), device=x.device), rows] = -torch.inf  # a point is its own neighbour of rank 0
-    if squares.is_cuda:
-        squares = squares.sort(dim=1).values
-    else:
-        squares.numpy().sort(axis=1)  # in place; on a CPU many times faster than torch's sort
-    return (squares[:, ranks] + norms[rows, None]).double()
-
-
 def gride(x, max_rank=2**13, device="cpu"):
-    """Intrinsic dimension of the points x [N, D] at all scales n = 1, 2, 4 .. max_rank / 2 -> Gride.
+    """Intrinsic dimension of the points x [N, D] at the scales n = 1, 2, 4 .. max_rank / 2.
 
-    Equal points count once. Ranks end below the number of points. With fewer than 3 different points, as layer 0 of
-    text may have, the dimension is nan. ValueError for values that are not finite.
+    Returns (curves, distinct). curves float64 [3, scales] holds the dimension (inf if above 1000), its standard error,
+    and the mean distance to neighbours n and 2n. Equal points count once; distinct is their number, and 2n stays below
+    it. With fewer than 3 distinct points, as layer 0 of text may have, curves is nan [3, 1]. ValueError for values
+    that are not finite.
     """
     x = np.asarray(x)
     if not np.isfinite(x).all():
         raise ValueError(f"points {x.shape} hold values that are not finite")
     x = np.unique(x, axis=0)
     if len(x) < 3:
-        return Gride(*np.full((3, 1), np.nan), np.ones(1, int), len(x))
-    top = int(np.log2(min(max_rank, len(x) - 1)))
-    r = neighbour_distances(x, 2 ** np.arange(top + 1), device)  # [N, top + 1]
-    ids, errors = np.array([gride_at(r[:, i + 1] / r[:, i], 2**i) for i in range(top)]).T
-    return Gride(ids, errors, (r[:, :-1] + r[:, 1:]).mean(0) / 2, 2 ** np.arange(top), len(x))
+        return np.full((3, 1), np.nan), len(x)
+    scales = int(np.log2(min(max_rank, len(x) - 1)))
+    r = neighbour_distances(x, 2 ** np.arange(scales + 1), device)  # [N, scales + 1]
+    ids, errors = np.array([gride_at(r[:, i + 1] / r[:, i], 2**i) for i in range(scales)]).T
+    return np.stack([ids, errors, (r[:, :-1] + r[:, 1:]).mean(0) / 2]), len(x)
 
 
 def gride_at(mu, n):
-    """(dimension, its standard error) from the ratios mu [N] of the distances to neighbours 2n and n.
+    """(dimension d, its standard error) from mu [N] = r_2n / r_n, the ratios of the distances to neighbours 2n and n.
 
-    With mu = r_2n / r_n, n1 = n and n2 = 2n, the maximum of the likelihood solves
-        (N - 1)/d + (n2 - n1 - 1) sum ln(mu)/(1 - mu^-d) - (n2 - 1) sum ln(mu) = 0,
-    whose left side falls with d. Far outliers of mu are left out of it, as in dadapy.
+    With n1 = n and n2 = 2n, d is where the derivative of the log-likelihood, which falls with d, is zero:
+        (N - 1) / d + (n2 - n1 - 1) sum ln(mu) / (1 - mu^-d) - (n2 - 1) sum ln(mu) = 0
+    As in dadapy, it leaves out far outliers of mu.
     """
     mu = np.where(mu == 1, 1 + 10 * np.finfo(float).eps, mu)
     q50, q95 = np.quantile(mu, [0.5, 0.95])
     kept = mu[mu < 20 * (q95 - q50) + q50]
     log_kept = np.log(kept if len(kept) > 1 else mu)
 
-    def slope(d):  # -expm1 is 1 - mu^-d without the loss of digits
+    def slope(d):  # -expm1 is 1 - mu^-d without a loss of digits
         return ((len(log_kept) - 1) / d + (n - 1) * (log_kept / -np.expm1(-d * log_kept)).sum()
                 - (2 * n - 1) * log_kept.sum())
 
@@ -573,36 +510,34 @@ def gride_at(mu, n):
     return d, curvature ** -0.5
 
 
-def plateau(ids, ranks, points):
-    """Index of the scale in the middle of the flattest three neighbouring ones on the curve of ids over ranks n.
+def plateau(ids, distinct):
+    """Index of the middle one of the three neighbouring scales where the curve of ids over n = 1, 2, 4 .. is flattest.
 
-    Scales whose outer neighbour 2n is beyond a quarter of the points are left out: they see the edge of the data. 0 if
-    fewer than three scales, or only undefined ones, remain.
+    Scales with 2n above a quarter of the points are left out, because the edge of the data distorts them. 0 if fewer
+    than three scales remain, or only undefined ones.
     """
-    logs = np.log(np.asarray(ids, float)[2 * np.asarray(ranks) <= points / 4])
+    logs = np.log([d for i, d in enumerate(ids) if 2 * 2**i <= distinct / 4])
     roughness = np.maximum(np.abs(logs[1:-1] - logs[:-2]), np.abs(logs[2:] - logs[1:-1]))
     return 1 + int(np.nanargmin(roughness)) if np.isfinite(roughness).any() else 0
 
 
 def dimension_rows(batches, settings):
-    """One row for each scale of a layer: means over its batches of points, a list of [N, D], and their deviation."""
+    """A row for each scale: means and deviations over the batches of a layer's points, a list of [N, D]."""
     found = [gride(x, settings.max_rank, "cuda" if settings.device == "cuda" else "cpu") for x in batches]
-    size, fewest = min(len(g.ids) for g in found), min(g.points for g in found)
-    ids, errors, scales = (np.stack([g[i][:size] for g in found]) for i in range(3))  # each [batches, size]
-    ranks, mean, deviation = found[0].ranks[:size], ids.mean(0), ids.std(0)
-    if settings.scale:
-        chosen = min(size - 1, int(np.log2(settings.scale)))
-    else:
-        chosen = plateau(mean, ranks, fewest)
-    return [dict(n=int(ranks[i]), distance=scales.mean(0)[i], dimension=mean[i], deviation=deviation[i],
-                 error=errors.mean(0)[i], chosen=int(i == chosen), distinct=fewest) for i in range(size)]
+    fewest, size = min(distinct for _, distinct in found), min(curves.shape[1] for curves, _ in found)
+    curves = np.stack([curves[:, :size] for curves, _ in found])  # [batches, 3, scales]
+    ids, errors, distances = curves.mean(0)
+    deviations = curves[:, 0].std(0)
+    chosen = min(size - 1, int(np.log2(settings.scale))) if settings.scale else plateau(ids, fewest)
+    return [dict(n=2**i, distance=distances[i], dimension=ids[i], deviation=deviations[i], error=errors[i],
+                 chosen=int(i == chosen), distinct=fewest) for i in range(size)]
 
 
 def dimension(settings):
     """Figure 3: GRIDE of text and of speech in each layer, at all scales."""
-    rows, about = [], {}
+    rows, models = [], {}
     for model in open_models(settings):
-        about[model.name] = dict(checkpoint=str(model.folder))
+        models[model.name] = dict(checkpoint=str(model.folder))
         folders = dict(text=settings.text or settings.data, speech=settings.data)
         for stream in ("text", "speech") if model.speaks else ("text",):
             states, chosen = representations(model, folders[stream], (stream,), settings)[stream], []
@@ -611,10 +546,10 @@ def dimension(settings):
                 rows += [dict(model=model.name, modality=stream, layer=layer, **row) for row in of_layer]
                 chosen += [row["dimension"] for row in of_layer if row["chosen"]]
             n = states.shape[1] // settings.batches
-            about[model.name][stream] = dict(points=n)
-            print(f"{model.name}, {stream}, {settings.batches} batches of {n}: dimension of layers 0 to L: "
-                  + " ".join(f"{value:.1f}" for value in chosen))
-    save("dimension", settings, rows, models=about, rows=rows)
+            models[model.name][stream] = dict(points=n)
+            print(f"{model.name}, {stream}, {settings.batches} batches of {n}: dimension of layers 0 to L:",
+                  *(f"{value:.1f}" for value in chosen))
+    return rows, dict(models=models, rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -624,7 +559,7 @@ def explained(points, k, counts=None):
     """How much of the variance of one set of points lies in the span of the top k principal components of another.
 
     points: {name: [n, d] tensor}, each centred on its own mean. counts [n]: how often each point counts.
-    Returns {(whose variance, whose components): share in 0..1}. ValueError if a set has no variance.
+    Returns {(set with the variance, set with the components): share in 0..1}. ValueError if a set has no variance.
     """
     covariance, top = {}, {}
     for name, x in points.items():
@@ -641,7 +576,7 @@ def explained(points, k, counts=None):
 
 
 def overlap_rows(points, draws, settings):
-    """One row for each pair of modalities in a layer. points: {stream: [n, d] tensor}; draws int64 [bootstrap, n]."""
+    """A row for each pair of modalities in a layer. points: {stream: [n, d] tensor}; draws int64 [bootstrap, n]."""
     n, d = points["text"].shape
     chunks = zip(*(x.chunk(settings.batches) for x in points.values()))
     batches = [explained(dict(zip(points, chunk)), settings.components) for chunk in chunks]
@@ -659,82 +594,67 @@ def overlap_rows(points, draws, settings):
 
 def overlap(settings):
     """Figure 4: the share of one modality's variance in the other's top principal components, in each layer."""
-    rows, about, rng = [], {}, np.random.default_rng(settings.seed)
-    for model in open_models(settings):
-        if not model.speaks:
-            raise ValueError(f"{model.folder}: a text model; overlap needs one that has learnt speech")
+    rows, models, rng = [], {}, np.random.default_rng(settings.seed)
+    for model in open_models(settings, needs="speech"):
         states = representations(model, settings.data, ("text", "speech"), settings)
         n = states["text"].shape[1]
-        draws = torch.from_numpy(rng.multinomial(n, np.full(n, 1 / n), size=settings.bootstrap))
+        draws = torch.from_numpy(bootstrap_counts(rng, n, settings.bootstrap))
         for layer in tqdm(range(len(states["text"])), desc=model.name, disable=None):
             points = {stream: torch.from_numpy(x[layer]).to(settings.device) for stream, x in states.items()}
             rows += [dict(model=model.name, layer=layer, **row) for row in overlap_rows(points, draws, settings)]
-        about[model.name] = dict(checkpoint=str(model.folder))
-        print_overlap(model.name, rows, settings.components)
-    save("overlap", settings, rows, models=about, rows=rows)
-
-
-def print_overlap(name, rows, k):
-    for pair in (("speech", "text"), ("text", "speech")):
-        chosen = [row for row in rows if (row["model"], row["variance_of"], row["components_of"]) == (name, *pair)]
-        print(f"{name}: % of {pair[0]} variance in {pair[1]}'s top {k}, layers 0 to L: "
-              + " ".join(f"{100 * row['share']:.1f}" for row in chosen))
+        models[model.name] = dict(checkpoint=str(model.folder))
+        for a, b in (("speech", "text"), ("text", "speech")):
+            shares = [100 * row["share"] for row in rows
+                      if (row["model"], row["variance_of"], row["components_of"]) == (model.name, a, b)]
+            print(f"{model.name}: % of {a} variance in {b}'s top {settings.components}, layers 0 to L:",
+                  *(f"{share:.1f}" for share in shares))
+    return rows, dict(models=models, rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # scaling
 
-def scaling_rows(lines, names):
-    """A row for each value of the named metrics in a run's log, with the tokens and FLOPs that were spent until then.
-
-    lines: flat dicts. Lines of training have tokens and FLOPs; between them these are interpolated.
-    """
-    training = [dict(step=0, tokens=0, flops=0), *(line for line in lines if "flops" in line)]
-    spent = {key: np.array([line[key] for line in training], float) for key in ("step", "tokens", "flops")}
-    rows = []
-    for line in lines:
-        for name in names:
-            if name in line:
-                tokens, flops = (np.interp(line["step"], spent["step"], spent[key]) for key in ("tokens", "flops"))
-                rows.append(dict(metric=name, step=line["step"], value=line[name], tokens=float(tokens),
-                                 flops=float(flops)))
-    return rows
-
-
 def scaling(settings):
-    """Figures 2 and 6: metrics in runs' log.jsonl against training FLOPs (model.forward_flops) and tokens."""
-    names, rows, about, logged = settings.metrics.split(","), [], {}, set()
+    """Figures 2 and 6: metrics in the log.jsonl of runs against training FLOPs (model.forward_flops) and tokens."""
+    rows, models, logged = [], {}, set()
     for run, folder in named_folders(settings.checkpoint).items():
         lines = [flat(line) for line in read_log(folder)]
-        if not any("flops" in line for line in lines):
+        training = [line for line in lines if "flops" in line]
+        if not training:
             raise ValueError(f"{folder / 'log.jsonl'}: not there, or not the log of a training run")
-        rows += [dict(run=run, **row) for row in scaling_rows(lines, names)]
-        about[run] = dict(folder=str(folder))
+        spent = {key: [0, *(line[key] for line in training)] for key in ("step", "tokens", "flops")}
+        for line, name in itertools.product(lines, settings.metrics.split(",")):
+            if name in line:  # lines of evaluation have no tokens and FLOPs, so these are interpolated
+                tokens, flops = (np.interp(line["step"], spent["step"], spent[key]) for key in ("tokens", "flops"))
+                rows.append(dict(run=run, metric=name, step=line["step"], value=line[name], tokens=float(tokens),
+                                 flops=float(flops)))
+        models[run] = dict(folder=str(folder))
         logged.update(*lines)
-    for name in names:
+    for name in settings.metrics.split(","):
         flops = [row["flops"] for row in rows if row["metric"] == name]
         if not flops:
             raise ValueError(f"--metrics: no run has logged {name!r}; did you mean {nearest(name, sorted(logged))}?")
         if not any(flops):
             raise ValueError(f"--metrics: {name} was only logged before the first step")
-    save("scaling", settings, rows, models=about, rows=rows)
+    return rows, dict(models=models, rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the command line
+# the command line. A command takes the settings and returns (rows of the csv, what the json holds besides settings).
 
 COMMANDS = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling)
 
 
-def save(command, settings, table, **results):
-    """Write OUT/command.csv with the rows of table (dicts with the same keys), .json with the results, and .png."""
-    from tools import figures  # matplotlib takes a second to import
+def save(command, settings, rows, results):
+    """Write COMMAND.csv with the rows (dicts with the same keys; lists are left out), COMMAND.json and COMMAND.png."""
+    from tools import figures  # here, because matplotlib takes a second to import
     path = Path(settings.out) / command
     path.parent.mkdir(parents=True, exist_ok=True)
+    columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
     with open(f"{path}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        for row in table:
+        for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     results = dict(command=command, settings=vars(settings), **results)
     Path(f"{path}.json").write_text(json.dumps(results, indent=1, default=lambda array: array.tolist()))
@@ -742,40 +662,35 @@ def save(command, settings, table, **results):
     print(f"written to {path}.png, .csv, .json")
 
 
-def main(argv):
-    if not argv or argv[0] in ("-h", "--help"):
-        configure(DEFAULTS, ["--help"])
-    if argv[0] not in COMMANDS:
-        raise SystemExit(f"{argv[0]}: no such command; write one of {', '.join(COMMANDS)}")
-    settings = SimpleNamespace(**configure(DEFAULTS, argv[1:])[0])
-    check(settings)
-    first = Path(settings.checkpoint.split(",")[0])
-    run = first.parent if first.name.startswith("checkpoint-") else first
-    settings.out = settings.out or str(run / "analysis")
-    settings.device = pick_device(settings.device)
-    try:
-        COMMANDS[argv[0]](settings)
-    except ValueError as error:  # says in one line what is wrong
-        raise SystemExit(str(error)) from None
-
-
 def check(settings):
-    """SystemExit for settings that make no sense, before anything is read."""
-    if settings.omega_at not in ("read", "predicted"):
-        raise SystemExit(f"omega_at={settings.omega_at}: choose read or predicted")
+    """SystemExit for settings that make no sense, before any model is read."""
+    rules = dict(omega_at=(settings.omega_at in ("read", "predicted"), "read or predicted"),
+                 scale=(settings.scale >= 0 and settings.scale.bit_count() < 2, "0 or a power of 2"),
+                 max_rank=(settings.max_rank >= 4, "4 or more"),
+                 clip=(0 < settings.clip <= 1, "a number above 0, up to 1"))
     for key in ("batch_tokens", "utterances", "drawn_units", "words", "points", "batches", "components", "bootstrap"):
-        if getattr(settings, key) < 1:
-            raise SystemExit(f"{key}={getattr(settings, key)}: give 1 or more")
-    if settings.max_rank < 4:
-        raise SystemExit(f"max_rank={settings.max_rank}: give 4 or more")
-    if settings.scale < 0 or settings.scale & (settings.scale - 1):
-        raise SystemExit(f"scale={settings.scale}: give 0 or a power of 2")
-    if not 0 < settings.clip <= 1:
-        raise SystemExit(f"clip={settings.clip}: give a number above 0, up to 1")
+        rules[key] = getattr(settings, key) >= 1, "1 or more"
+    for key, (holds, remedy) in rules.items():
+        if not holds:
+            raise SystemExit(f"{key}={getattr(settings, key)}: give {remedy}")
     script = Path(__file__).parent / f"corpora/{settings.corpus}.py"
     if settings.corpus and not (settings.units and script.is_file()):
-        raise SystemExit(f"corpus={settings.corpus}, units={settings.units}: give the name of a script in corpora/, and"
+        raise SystemExit(f"corpus={settings.corpus}, units={settings.units}: give the name of a script in corpora/ and"
                          " a folder of units")
+
+
+def main(argv):
+    command, *options = argv or ["--help"]
+    if command not in (*COMMANDS, "-h", "--help"):
+        raise SystemExit(f"{command}: no such command; write one of {', '.join(COMMANDS)}")
+    settings = SimpleNamespace(**configure(DEFAULTS, options if command in COMMANDS else ["--help"])[0])
+    check(settings)
+    settings.out = settings.out or str(run_of(settings.checkpoint.split(",")[0]) / "analysis")
+    settings.device = pick_device(settings.device)
+    try:
+        save(command, settings, *COMMANDS[command](settings))
+    except ValueError as error:  # its message says in one line what is wrong
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@ Settings: the defaults in a script, changed by a config file, changed by the com
 
     settings, name = configure(dict(steps=100, learning_rate=3e-4), sys.argv[1:])
 
-    python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100
-
-A config file holds nothing but assignments, such as `learning_rate = 10 * 3e-4`. A value may use names assigned above;
-names that start with `_` are not settings and exist only for that. `base = "train_tiny.py"` applies another file first,
-from the same folder or from config/. A dict or list replaces the whole default; `--stages.stage2.steps=100` changes one
-value in a dict. Every value must have the type of its default, except that a dict may stand for a list: data folders
-with their weights. Every mistake ends the script with one line that says where it is and what to write instead.
+A config file holds nothing but assignments like `learning_rate = 10 * 3e-4`. A value may use names assigned above it.
+Names that start with `_` are not settings. `base = "train_tiny.py"` applies another file first, from the same folder or
+from config/. A dict or list replaces the whole default; `--stages.stage2.steps=100` changes one value in a dict. Every
+value must have the type of its default, except that a dict {folder: weight} may stand for a list of folders. A mistake
+ends the script with one line that says where it is and what to write instead.
 """
 import ast
 import copy
@@ -26,10 +24,10 @@ BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 def configure(defaults, argv, complete=lambda settings: None, described_in=()):
     """Return (settings, name): the defaults as changed by argv, and the config file's stem or "default".
 
-    defaults: {name: bool, int, float, str, list or dict}; settings is a new dict in the same order.
-    argv: at most one config file, in the current folder or beside this module, and --key=value, which win over it.
-    complete(settings): fills in what nested dicts leave out; called after the file and again after the overrides.
-    described_in: files other than the running script that have comments on settings, for --help.
+    defaults       {name: bool, int, float, str, list or dict}; settings is a new dict in the same order
+    argv           at most one config file, in the current folder or in this one, and --key=value
+    complete       function of the settings that fills in nested dicts; called after the file and after the overrides
+    described_in   files, besides the running script, with comments on settings for --help
     Raises SystemExit: with code 0 after --help, with a one-line message for anything wrong in argv or the file.
     """
     if "-h" in argv or "--help" in argv:
@@ -50,10 +48,9 @@ def configure(defaults, argv, complete=lambda settings: None, described_in=()):
 
 
 def print_help(defaults, described_in=()):
-    """Print how the running script is called, and every setting with its default and the comment beside it.
+    """Print the running script's docstring, and every setting with its default and the comment on its line.
 
-    The first is the script's docstring. The comments are those of lines `key = value  # comment` in the script and in
-    the files described_in; the script's own win.
+    Comments come from lines `key = value  # comment` of the script and of the files described_in; the script's win.
     """
     script, comments = Path(sys.argv[0]), {}
     for file in [*described_in, script]:
@@ -63,16 +60,18 @@ def print_help(defaults, described_in=()):
         print(f"  --{key}={value}".ljust(39), comments.get(key, ""))
 
 
-def find_config(file, folders, where):
-    """Return the path of file in the first folder that has it. Raises SystemExit, starting with where, if none has."""
+# In what follows, `place` is where a setting was given, for messages: "command line: ..." or "path:line: statement".
+
+def find_config(file, folders, place):
+    """Return the path of a config file in the first of the folders that has it. SystemExit if none has."""
     for folder in folders:
         if (folder / file).is_file():
             return folder / file
     known = {}
-    for place in [(folder / file).parent for folder in folders] + [ROOT / "config"]:
-        known |= {path.name: os.path.relpath(path) for path in place.glob("*.py")}
+    for folder in [(folder / file).parent for folder in folders] + [ROOT / "config"]:
+        known |= {path.name: os.path.relpath(path) for path in folder.glob("*.py")}
     hint = f"did you mean {known[nearest(Path(file).name, known)]}?" if known else "give the path of an existing file"
-    raise SystemExit(f"{where}: no such config file; {hint}")
+    raise SystemExit(f"{place}: no such config file; {hint}")
 
 
 def nearest(name, names):
@@ -81,7 +80,7 @@ def nearest(name, names):
 
 
 def apply_file(settings, defaults, path, derived=()):
-    """Assign what a config file and, before it, its base say. derived: the files of which this one is a base."""
+    """Apply a config file, after its base. derived: the files that name this one as their base."""
     if path.resolve() in derived:
         raise SystemExit(f"{path}: starts from itself; remove a base = line in {' or '.join(p.name for p in derived)}")
     values, places = read_file(path)
@@ -95,7 +94,7 @@ def apply_file(settings, defaults, path, derived=()):
 
 
 def read_file(path):
-    """Return ({name: value}, {name: "path:line: statement"}) of a file's assignments. Raises SystemExit."""
+    """Return ({name: value}, {name: place}) of a file's assignments. SystemExit."""
     try:
         statements = ast.parse(path.read_bytes(), path).body
     except (SyntaxError, ValueError) as error:
@@ -106,7 +105,7 @@ def read_file(path):
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=expression):
                 try:
-                    values[name], places[name] = evaluate(expression, values), place
+                    values[name], places[name] = evaluate(ast.unparse(expression), values), place
                 except Exception as error:  # an expression can fail in any way
                     raise SystemExit(f"{place}: {error}; write numbers, strings, lists, dicts, arithmetic") from None
             case ast.Expr(value=ast.Constant(value=str())):
@@ -117,7 +116,7 @@ def read_file(path):
 
 
 def apply_override(settings, defaults, arg):
-    """Assign what one --key=value or --key.key=value says. Raises SystemExit for an unknown key or a wrong type."""
+    """Apply one --key=value or --key.key=value. SystemExit for an unknown key or a wrong type."""
     if not arg.startswith("--") or "=" not in arg:
         raise SystemExit(f"command line: {arg} has no value; write --{arg.lstrip('-') or 'key'}=value")
     dotted, text = arg[2:].split("=", 1)
@@ -135,39 +134,32 @@ def apply_override(settings, defaults, arg):
     target[key] = fit(from_text(text, default), default, f"command line: {arg}")
 
 
-def check_key(key, settings, where, prefix=""):
-    """Raise SystemExit if settings has no such key. prefix: the dotted keys that lead to settings."""
+def check_key(key, settings, place, prefix=""):
+    """SystemExit if settings has no such key. prefix: the dotted keys that lead to settings."""
     if key not in settings:
         hint = f"did you mean {prefix}{nearest(key, settings)}?" if settings else f"{prefix[:-1]} is empty"
-        raise SystemExit(f"{where}: no setting {prefix}{key}; {hint}")
+        raise SystemExit(f"{place}: no setting {prefix}{key}; {hint}")
 
 
 def from_text(text, default):
-    """Return the value that a text from the command line stands for, or the text itself if it cannot be read."""
+    """Return the value of a text from the command line, or the text itself if it cannot be evaluated."""
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
         return BOOLS.get(text.lower(), text)
     try:
-        return evaluate(ast.parse(text.strip(), mode="eval").body, {})
+        return evaluate(text.strip(), {})
     except Exception:
         return text  # fit() will refuse its type
 
 
 def evaluate(expression, names):
-    """Return the value of a parsed expression, which may use names and call dict(...). Raises any Exception."""
-    for node in ast.walk(expression):
-        match node:
-            case ast.Call(func=ast.Name(id="dict")):
-                pass
-            case ast.Call() | ast.Attribute() | ast.Lambda() | ast.comprehension():  # could lead to any code
-                raise ValueError(f"{ast.unparse(node).strip()!r} is not allowed")
-    code = compile(ast.Expression(expression), "<setting>", "eval")
-    return eval(code, names | {"__builtins__": {}, "dict": dict})
+    """Return the value of a Python expression that may use names and dict. Raises any Exception."""
+    return eval(expression, names | {"__builtins__": {}, "dict": dict})
 
 
-def fit(value, default, where):
-    """Return value as the type of default. Raises SystemExit, starting with where, if that would change its meaning.
+def fit(value, default, place):
+    """Return value as the type of default. SystemExit if that would change its meaning.
 
     1e6 is accepted as an int, 1 as a float and a tuple as a list; 1.5 is not an int and 1 is not a bool.
     """
@@ -181,4 +173,4 @@ def fit(value, default, where):
     if type(value) is kind or (kind is list and isinstance(value, dict)):  # data folders may come with weights
         return value
     wanted = "true or false" if kind is bool else f"a value of type {kind.__name__}"
-    raise SystemExit(f"{where} is {value!r}, of type {type(value).__name__}; give {wanted}, like {default!r}")
+    raise SystemExit(f"{place} is {value!r}, of type {type(value).__name__}; give {wanted}, like {default!r}")

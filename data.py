@@ -10,7 +10,7 @@ A data set (runtime/datasets.py) is a folder of plain .npy arrays, which are mem
 
 In a batch all symbols share one id space: text ids, then units, then the speech EOS, then the switch token.
 
-    python data.py FOLDER       check a data set whole and print what it holds
+    python data.py FOLDER       describe a data set, or all data sets in a folder, after checking them whole
 """
 import json
 import sys
@@ -27,7 +27,7 @@ from model import Layout, make_layout
 from runtime.datasets import open_set
 from runtime.files import DataError
 
-STEPS_AHEAD = 2          # steps whose batches the loader makes before they are asked for
+STEPS_AHEAD = 2  # the loader makes the batches of so many steps before they are needed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 
 def sets_in(folder):
-    """The folder itself if it is a data set, otherwise the data sets in it."""
+    """The data sets in a folder; the folder itself if it is a data set."""
     folder = Path(folder)
     inside = [] if (folder / "meta.json").exists() else sorted(path.parent for path in folder.glob("*/meta.json"))
     return inside or [folder]
@@ -50,8 +50,8 @@ def open_source(kind, sets, tokenizer=None, units=None, length=1):
     """Open all data sets for one kind of sequence: "text", "speech" or "interleaved" -> Source.
 
     sets               a list of folders, drawn in proportion to their size, or a dict {folder: weight}
-    tokenizer, units   as for open_set
-    length             of the sequences that will be drawn, in tokens
+    tokenizer, units   hashes that the sets must have been made with (None: any)
+    length             tokens of the sequences that will be drawn
     """
     if not sets:
         raise DataError(f"{kind}: no data set named; set --{kind}='[\"FOLDER\"]'")
@@ -102,10 +102,10 @@ def kinds_of(mixture, index):
 def sample(sources, mixture, seed, stage_number, index, length, config, text_span=(10, 30), speech_span=(5, 15)):
     """Make the sequences with the numbers `index` [n] -> rows int64 [n, length].
 
-    sources   {kind: Source}
-    mixture   {kind: parts}, whole numbers
-    seed, stage_number   integers; together with its number they decide what a sequence is
-    config    has .vocab_size and .switch
+    sources              {kind: Source}
+    mixture              {kind: parts}, whole numbers
+    seed, stage_number   integers; they and a sequence's number decide what the sequence is
+    config               has .vocab_size and .switch
     """
     index = np.asarray(index)
     kinds = kinds_of(mixture, index)
@@ -147,14 +147,14 @@ def windows(shard, stream, seed, stage_number, index, length, config):
 def draw_spans(shard, seed, stage_number, index, n_spans, text_span, speech_span):
     """Draw the first n_spans spans of each sequence -> (is_speech, begin, end), each [n, n_spans].
 
-    is_speech    whether it is a span of speech
-    begin, end   where in its stream its tokens begin and end. After the stream's last word comes its first one again,
-                 and there these numbers are larger than the stream is long.
+    is_speech    whether a span is speech
+    begin, end   where the tokens of a span begin and end in their stream. After the stream's last word comes its first
+                 word again, so these numbers may be larger than the length of the stream.
     """
     draws = uniform(seed, stage_number, np.asarray(index)[:, None], np.arange(1, n_spans + 3))  # [n, n_spans + 2]
     n_words = len(shard.text_words) - 1
     first_word = (draws[:, :1] * n_words).astype(np.int64)    # [n, 1]
-    speech_first = draws[:, 1:2] < 0.5                        # [n, 1]
+    speech_first = draws[:, 1:2] < 0.5                        # [n, 1], does it begin with speech?
     is_speech = (np.arange(n_spans) + speech_first) % 2 == 1  # [n, n_spans]
     least = np.where(is_speech, speech_span[0], text_span[0])
     most = np.where(is_speech, speech_span[1], text_span[1])
@@ -240,12 +240,12 @@ class Batch(NamedTuple):
 def micro_batches(step, sources, stage, stage_number, settings, config, world):
     """Make this process's batches of one step -> list[Batch]. The parameters are those of loader.
 
-    Sequences of text alone come first, in batches of their own. Their layout.speech is None, so that the model skips
-    its speech modules. There are two exceptions. The last batch of a step never skips modules that are trained, because
-    DistributedDataParallel waits in it for a gradient of every parameter. And where only the speech modules are
-    trained, nothing in a batch that skips them would need a gradient.
+    Sequences of text come first, in separate batches. Their layout.speech is None, which tells the model to skip its
+    speech modules. There are two exceptions. The last batch of a step never skips modules that are trained, because
+    DistributedDataParallel waits for a gradient of every parameter there. And where only the speech modules are
+    trained, a batch that skips them would have no gradient at all.
     """
-    # In a step, all processes together read the same sequences, however many processes there are.
+    # In each step, all processes together read the same sequences, no matter how many processes there are.
     n = settings.batch_tokens // settings.sequence_length // world.size
     index = (step * world.size + world.rank) * n + np.arange(n)
     is_text = kinds_of(stage["mixture"], index) == "text"
@@ -276,8 +276,8 @@ def loader(sources, stage, stage_number, first, settings, config, world):
     stage_number   seeds the sampling, together with the step
     settings       has seed, batch_tokens, sequence_length, micro_batch, text_span and speech_span
     config         the model's Config
-    world          where this process stands among all, a runtime.distributed.World
-    A thread makes the batches of the next two steps. An exception in it is raised here, at the step that it made.
+    world          the place of this process among all, a runtime.distributed.World
+    A thread makes the batches of the next steps. If it fails, the exception is raised when its step is due.
     """
     steps, worker = range(first, stage["steps"]), ThreadPoolExecutor(1)
     jobs = (worker.submit(micro_batches, step, sources, stage, stage_number, settings, config, world) for step in steps)
@@ -291,11 +291,10 @@ def loader(sources, stage, stage_number, first, settings, config, world):
 
 
 if __name__ == "__main__":
-    usage = "python data.py FOLDER   checks a data set, or all in the folder, whole and prints what it holds"
     if sys.argv[1:] in (["-h"], ["--help"]):
-        print(usage)
+        print(__doc__)
     elif len(sys.argv) != 2:
-        raise SystemExit(usage)
+        raise SystemExit("name the folder of a data set: python data.py FOLDER")
     else:
         for folder in sets_in(sys.argv[1]):
             print(f"{folder}: {json.dumps(open_set(folder, full=True).meta, indent=1)}")

@@ -1,22 +1,20 @@
 """
-Score a checkpoint, or a plain SmolLM folder (text only): all of the paper's Tables 1, 2 and 7, and the demo's scores.
+Score a checkpoint, or a plain SmolLM folder (text only), on the benchmarks of the paper or on the demo's held-out data.
 
     python evaluate.py --checkpoint=out/train_tiny                               held-out NLL and Topic-Cloze
     python evaluate.py --checkpoint=weights/smollm-135m --tasks='["blimp","mmlu"]' --blimp=blimp/data --mmlu=mmlu.csv
     torchrun --nproc_per_node=4 evaluate.py --checkpoint=out/train_150m --before=weights/smollm-135m --mmlu=mmlu.csv \\
         --units=units/mhubert --sblimp=zerospeech2021 --tstorycloze=tSC --sstorycloze=sSC \\
         --librispeech='["data/librispeech-dev"]'
-    python evaluate.py --checkpoint=A --versus=B       the same for B, and a test of whether the two differ
+    python evaluate.py --checkpoint=A --versus=B       score both, and test whether they differ
 
-Tasks: topic_cloze and nll, the scores of a training run; blimp, mmlu, sblimp, tstorycloze, sstorycloze, librispeech and
-text. benchmarks/__init__.py says how the data of each lies on disk and what its protocol is. --protocol.TASK.KEY=VALUE
-changes a protocol, and every result says which one it was made with. Two checkpoints are compared by the exact McNemar
-test where all answers are right or wrong, and by a paired bootstrap otherwise. Standard errors are over items.
+The tasks are topic_cloze and nll (the scores of a training run), blimp, mmlu, sblimp, tstorycloze, sstorycloze,
+librispeech and text. benchmarks/__init__.py describes their data on disk and their protocols. An option such as
+--protocol.blimp.score=mean changes a protocol. Every result names its protocol.
 """
 import json
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,14 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks import hear, report, storycloze
 from benchmarks.blimp import score as score_blimp
-from benchmarks.hear import fingerprint
 from benchmarks.librispeech import score as score_documents
 from benchmarks.mmlu import score as score_mmlu
-from benchmarks.report import SETTINGS, as_markdown, as_text, compare_results, item_path, nll_table, right_by
 from benchmarks.sblimp import score as score_sblimp
-from benchmarks.storycloze import paired_stories, score_paired, story_sequences
-from benchmarks.storycloze import score as score_stories
 from configurator import configure
 from data import open_source, sample
 from model import SmolTolk, count_parameters, from_pretrained, make_layout
@@ -43,33 +38,33 @@ from runtime.distributed import ALONE, World, all_sum, join_world, leave_world, 
 from runtime.files import digest, read_json
 from runtime.tokenizer import Tokenizer
 
-checkpoint = "out/train_tiny"    # folder of a run (its newest checkpoint is taken) or of a model
-versus = ""                      # another one to compare with, or the evaluation.json of one
-before = ""                      # SmolLM folder that the checkpoint started from: MMLU before speech training
-tasks = []                       # which to score; []: those whose data you name, or else the demo's
+checkpoint = "out/train_tiny"    # folder of a run (its newest checkpoint is scored) or of a model
+versus = ""                      # a second checkpoint to compare with, or its evaluation.json
+before = ""                      # SmolLM folder that the checkpoint started from; it is scored on MMLU
+tasks = []                       # the tasks to score; []: those whose data you name, or else the demo's
 blimp = ""                       # BLiMP's folder of .jsonl files
-mmlu = ""                        # .csv or .csv.xz
+mmlu = ""                        # .csv or .csv.xz file
 sblimp = ""                      # ZeroSpeech's folder, with syntactic/ inside
-tstorycloze = ""                 # folder of wavs or of wavs and texts, or a paired data set
-sstorycloze = ""                 # the same
+tstorycloze = ""                 # folder of wavs, or of wavs and texts, or a paired data set
+sstorycloze = ""                 # the same for StoryCloze
 librispeech = []                 # data sets with speech
 text = []                        # data sets with text
 cloze = "data/demo/cloze"        # Topic-Cloze set
-val_text = ["data/demo/val"]     # data sets for the held-out NLL
-val_speech = ["data/demo/val"]
-val_interleaved = ["data/demo/val"]
-val_sequences = 256              # sequences of each kind
-text_span = [10, 30]             # words of a text span in interleaved sequences, least and most
-speech_span = [5, 15]
-seed = 1                         # of the choice of these sequences, of prefixes and of the bootstrap
-sequence_length = 256
-units = ""                       # folder of the speech units, for the tasks that have wavs
-cache = "out/heard"              # units of benchmarks are kept here for the next checkpoint
+val_text = ["data/demo/val"]     # data sets for the held-out NLL of text
+val_speech = ["data/demo/val"]   # ... of speech
+val_interleaved = ["data/demo/val"]  # ... of interleaved sequences
+val_sequences = 256              # held-out sequences of each kind
+text_span = [10, 30]             # fewest and most words of a text span in interleaved sequences
+speech_span = [5, 15]            # fewest and most words of a speech span
+seed = 1                         # for held-out sequences and random prefixes
+sequence_length = 256            # tokens of a held-out sequence
+units = ""                       # folder of the speech units, for tasks with wavs
+cache = "out/heard"              # folder that keeps the units of wavs for the next checkpoint
 batch_tokens = 0                 # positions scored at a time; 0: 512 on a CPU, where caches are small, else 16384
 device = "auto"                  # "cuda", "cpu", "mps", or the best there is
 dtype = "float32"                # or "bfloat16" (autocast)
-out = ""                         # json file for the results; default: evaluation.json beside the checkpoint
-protocol = dict(
+out = ""                         # json file for the results; default: evaluation.json in the checkpoint's folder
+protocol = dict(                 # how each task is scored; see benchmarks/__init__.py
     blimp=dict(score="sum", ties="share", bos=True),
     sblimp=dict(score="mean", ties="share", bos=True),
     tstorycloze=dict(score="mean", span="continuation", ties="share", bos=True, prefix=0),
@@ -79,49 +74,53 @@ protocol = dict(
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, str, list, dict)) and not k.startswith("_")}
 CHOICES = dict(score=("sum", "mean"), span=("continuation", "whole"), ties=("share", "wrong", "first"))
-KINDS = ("text", "speech", "interleaved")
-VALIDATION = 1 << 32  # the stage number under which held-out sequences are drawn
+VALIDATION = 1 << 32  # held-out sequences are drawn under this stage number, which no stage of training has
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # scoring
 
 class Row(NamedTuple):
-    """The candidates of one item side by side: what they have in common once, and then the rest of each."""
+    """The candidates of one item in one row: first their common beginning, then the rest of each."""
     ids: list        # inputs
     targets: list    # the next id where it is scored, else -1
     branch: list     # 0 in the common beginning, 1, 2 .. in the rests; see model.Layout
-    scored: list     # of each candidate: (its number, the positions in this row that predict its scored tokens)
+    scored: list     # (number of a candidate, positions in the row that predict its scored tokens)
 
 
 def make_row(sequences, spans, numbers):
     """The Row of some candidates: sequences of ids, spans (a, b) of tokens to score, and their numbers.
 
     Example: the candidates 0 5 6 7 and 0 5 8 have 0 5 in common. The row reads 0 | 5 6 | 5, with branch 0 | 1 1 | 2.
-    The last common token is read again in each rest, because the token after it differs. What is in common can be
-    shared because no position depends on what comes after it.
+    The last common token is read again in each rest, because the token after it differs. The beginning can be shared
+    because no position depends on what comes after it.
     """
     sequences = [list(sequence[:b]) for sequence, (_, b) in zip(sequences, spans)]
-    ends = zip(min(sequences), max(sequences))  # what the smallest and the largest have in common, all have in common
-    common = next((i for i, (x, y) in enumerate(ends) if x != y), min(map(len, sequences)))
-    keep = max(0, common - 1)  # the last common token begins each rest again, since what it predicts differs
-    row = Row(sequences[0][:keep], sequences[0][1:keep + 1], [0] * keep, [])
-    first_scored, positions = min(a for a, _ in spans), {}
-    row.targets[:first_scored - 1] = [-1] * min(keep, first_scored - 1)
+    common = 0
+    while common < min(map(len, sequences)) and len({sequence[common] for sequence in sequences}) == 1:
+        common += 1
+    keep = max(0, common - 1)
+    row = Row(sequences[0][:keep], targets_from(min(a for a, _ in spans), sequences[0])[:keep], [0] * keep, [])
+    positions = {}  # of each different candidate; equal ones are scored once, so that ties are exact
     for sequence, (a, b), number in zip(sequences, spans, numbers):
         key = tuple(sequence), a
-        if key not in positions:  # equal candidates are scored once, so that ties are exact
+        if key not in positions:
             start = len(row.ids)
-            row.ids.extend(sequence[keep:b - 1])
-            row.targets.extend(token if t >= a else -1 for t, token in enumerate(sequence[keep + 1:b], keep + 1))
-            row.branch.extend([max(row.branch, default=0) + 1] * (b - 1 - keep))
+            row.ids.extend(sequence[keep:-1])
+            row.targets.extend(targets_from(a, sequence)[keep:])
+            row.branch.extend([len(positions) + 1] * (b - 1 - keep))
             positions[key] = [*range(a - 1, keep), *range(start + max(0, a - 1 - keep), len(row.ids))]
         row.scored.append((number, positions[key]))
     return row
 
 
+def targets_from(first, sequence):
+    """The token after each position but the last, and -1 for tokens before the first one to be scored."""
+    return [-1] * (first - 1) + sequence[first:]
+
+
 def make_batches(rows, batch_tokens):
-    """Rows of similar length together, the longest first, in batches of at most batch_tokens positions."""
+    """Put rows of similar length together, the longest first, in batches of at most batch_tokens positions."""
     rows, batches = sorted(rows, key=lambda row: -len(row.ids)), []
     while rows:
         longest = len(rows[0].ids)
@@ -133,13 +132,14 @@ def make_batches(rows, batch_tokens):
 
 def score_batch(model, rows):
     """Log-likelihood of each scored target of the rows, float64 [B, T]; 0 elsewhere."""
-    B, T, config, device = len(rows), len(rows[0].ids), model.config, next(model.parameters()).device
-    ids, targets = np.zeros((B, T), np.int64), np.full((B, T), -1)
-    branch = np.tile(-1 - np.arange(T), (B, 1))  # padding: each position is a branch of its own
+    B, T, config = len(rows), len(rows[0].ids), model.config
+    ids, targets = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
+    branch = (-1 - torch.arange(T)).repeat(B, 1)  # padding: each position is a branch of its own
     for r, row in enumerate(rows):
         n = len(row.ids)
-        ids[r, :n], targets[r, :n], branch[r, :n] = row.ids, row.targets, row.branch
-    ids, targets, branch = (torch.from_numpy(x).to(device) for x in (ids, targets, branch))
+        ids[r, :n], targets[r, :n], branch[r, :n] = map(torch.tensor, (row.ids, row.targets, row.branch))
+    device = next(model.parameters()).device
+    ids, targets, branch = ids.to(device), targets.to(device), branch.to(device)
     layout = make_layout(ids, targets, config)._replace(runs=None, branch=branch)
     if max(ids.max(), targets.max()) < config.vocab_size:
         layout = layout._replace(speech=None)
@@ -156,12 +156,12 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", wor
     """Log-likelihood of one span of each sequence given all before it.
 
     sequences   lists of ids in the model's id space
-    spans       (a, b) per sequence, 1 <= a < b: tokens a..b-1 are scored, switch tokens aside
-    progress    what stands before the progress bar; "": no bar
+    spans       (a, b) per sequence, 1 <= a < b: tokens a..b-1 are scored, except switch tokens
+    progress    title of the progress bar; "": no bar
     world       the processes that share the work; each of them gets all results
-    candidates  so many sequences at a time are the candidates of one item: what they have in common is computed once
-    Returns (summed log-likelihoods in nats, numbers of scored tokens), float64 and int64 [n]. What else is in the batch
-    has no effect. ValueError for an empty span or a sequence that is too long.
+    candidates  how many sequences in a row belong to one item; their common beginning is computed once
+    Returns (summed log-likelihoods in nats, numbers of scored tokens), float64 and int64 [n]. They do not depend on
+    what else is in the batch. ValueError for an empty span or a sequence that is too long.
     """
     config = model.config
     for i, (sequence, (a, b)) in enumerate(zip(sequences, spans)):
@@ -169,7 +169,7 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", wor
             raise ValueError(f"sequence {i}: nothing to score at tokens {a} to {b} of {len(sequence)}")
         if b - 1 > config.max_position_embeddings:
             raise ValueError(f"sequence {i}: {b - 1} positions, the model has {config.max_position_embeddings}")
-    text_rows, other_rows = [], []  # rows of text alone need no speech modules, so they get batches of their own
+    text_rows, other_rows = [], []  # text alone needs no speech modules, so it gets batches of its own
     for first in range(0, len(sequences), candidates):
         item = slice(first, first + candidates)
         row = make_row(sequences[item], spans[item], range(len(sequences))[item])
@@ -177,14 +177,11 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", wor
         (text_rows if is_text else other_rows).append(row)
     batches = make_batches(text_rows, batch_tokens) + make_batches(other_rows, batch_tokens)
     total = np.zeros(len(sequences))
-    bar = tqdm(total=len(sequences), desc=progress, leave=False, disable=None if progress and world.rank == 0 else True)
-    for batch in batches[world.rank::world.size]:
-        logp = score_batch(model, batch)
-        for row, its_logp in zip(batch, logp):
+    hide_bar = world.rank > 0 or not progress or None  # None: hidden unless this is a terminal
+    for batch in tqdm(batches[world.rank::world.size], progress, leave=False, disable=hide_bar):
+        for row, logp in zip(batch, score_batch(model, batch)):
             for number, positions in row.scored:
-                total[number] = its_logp[positions].sum()
-        bar.update(min(bar.total - bar.n, candidates * len(batch) * world.size))
-    bar.close()
+                total[number] = logp[positions].sum()
     count = [sum(token != config.switch for token in sequence[a:b]) for sequence, (a, b) in zip(sequences, spans)]
     return all_sum(total, world).numpy(), np.array(count, np.int64)
 
@@ -195,16 +192,17 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", wor
 def topic_cloze(model, cloze_set, batch_tokens=16384, items=None, stop=()):
     """{setting: float64 [items]}: 1 where the true ending scores higher, 0 where the other one does, 1/2 for a tie.
 
-    items: the indices of the stories to score; None: all
-    stop: as soon as it is not empty, the settings that are left are skipped
+    items   the indices of the stories to score; None: all
+    stop    a list; as soon as it is not empty, the remaining settings are skipped
     """
-    stories, right = paired_stories(cloze_set, model.config, items), {}
-    for setting in SETTINGS:
+    stories, right = storycloze.paired_stories(cloze_set, model.config, items), {}
+    for setting in report.SETTINGS:
         if stop:
             break
-        sequences, spans = story_sequences(stories, setting, DEFAULTS["protocol"]["topic_cloze"], model.config)
+        protocol = DEFAULTS["protocol"]["topic_cloze"]
+        sequences, spans = storycloze.story_sequences(stories, setting, protocol, model.config)
         total, count = log_likelihood(model, sequences, spans, batch_tokens, candidates=2)
-        right[setting] = right_by(total, count)["mean"]
+        right[setting] = report.right_by(total, count)["mean"]
     return right
 
 
@@ -212,17 +210,16 @@ def heldout_nll(model, sources, seed, n_sequences, length, spans=((10, 30), (5, 
                 world_size=1, stop=()):
     """{kind: summed (text nll, speech nll, text targets, speech targets)} over n_sequences held-out sequences each.
 
-    sources  {kind: Source}
-    spans    least and most words of a text span and of a speech span in interleaved sequences
-    rank     sequences are shared among world_size processes; the sums of all of them, float64 [4], add up to the whole
-    stop     as for topic_cloze
+    sources   {kind: Source}
+    spans     fewest and most words of a text span and of a speech span in interleaved sequences
+    rank      this process scores its share of the sequences; the sums of all world_size processes, float64 [4], add up
+    stop      as for topic_cloze
     """
     device, sums = next(model.parameters()).device, {}
     for kind, source in sources.items():
         sums[kind] = np.zeros(4)
         mine = np.arange(rank, n_sequences, world_size)
-        n_batches = max(1, -(-len(mine) * length // batch_tokens))
-        for index in np.array_split(mine, n_batches):
+        for index in np.array_split(mine, max(1, -(-len(mine) * length // batch_tokens))):
             if len(index) == 0 or stop:
                 continue
             rows = sample({kind: source}, {kind: 1}, seed, VALIDATION, index, length + 1, model.config, *spans)
@@ -243,15 +240,15 @@ def heldout_nll(model, sources, seed, n_sequences, length, spans=((10, 30), (5, 
 
 @dataclass
 class Evaluator:
-    """What the benchmarks need to score a model, and what they have to report about how they did it."""
+    """What a benchmark needs to score a model, and what it reports about how it did so."""
     task: str
     model: SmolTolk
     tokenizer: Tokenizer
-    made_with: tuple           # hashes of text tokenizer and units, see made_with
+    made_with: tuple           # hashes of tokenizer and units, see runtime.checkpoint.made_with
     settings: SimpleNamespace
     world: World
     path: Path                 # of the evaluation.json
-    has_speech: bool           # False: a SmolLM, which only reads text
+    has_speech: bool           # False for a SmolLM, which only reads text
     used: list = field(default_factory=list)   # the files that were read
     notes: dict = field(default_factory=dict)  # other facts for the results
 
@@ -261,60 +258,60 @@ class Evaluator:
 
 
 def score_windows(evaluator, sets, protocol):
-    """{kind: {modality: nats}} of random windows. sets: {kind: data sets}."""
-    settings, world = evaluator.settings, evaluator.world
-    sources = {kind: open_source(kind, folders, *evaluator.made_with, settings.sequence_length + 1)
-               for kind, folders in sets.items()}
-    for source in sources.values():
-        evaluator.used += [shard.folder / "meta.json" for shard in source.shards]
+    """{kind: {modality: nats}} of random windows. sets: all data sets; settings.val_KIND says which are for what."""
+    settings, world, sources = evaluator.settings, evaluator.world, {}
+    for kind in ("text", "speech", "interleaved"):
+        if folders := getattr(settings, f"val_{kind}"):
+            sources[kind] = open_source(kind, folders, *evaluator.made_with, settings.sequence_length + 1)
+            evaluator.used += [shard.folder / "meta.json" for shard in sources[kind].shards]
     sums = heldout_nll(evaluator.model, sources, settings.seed, settings.val_sequences, settings.sequence_length,
                        (settings.text_span, settings.speech_span), settings.batch_tokens, world.rank, world.size)
-    return nll_table({kind: all_sum(values, world).numpy() for kind, values in sums.items()}), {}
+    return report.nll_table({kind: all_sum(values, world).numpy() for kind, values in sums.items()}), {}
 
 
-# Each is called with (evaluator, place of the data, protocol) and returns (result, {name: one value per item}).
-TASKS = dict(blimp=score_blimp, sblimp=score_sblimp, tstorycloze=score_stories, sstorycloze=score_stories,
-             topic_cloze=score_paired, mmlu=score_mmlu, librispeech=partial(score_documents, stream="speech"),
-             text=partial(score_documents, stream="text"), nll=score_windows)
+# Each is called with (evaluator, data, protocol) and returns (result, {name: one value per item}).
+TASKS = dict(blimp=score_blimp, sblimp=score_sblimp, tstorycloze=storycloze.score, sstorycloze=storycloze.score,
+             topic_cloze=storycloze.score_paired, mmlu=score_mmlu,
+             librispeech=partial(score_documents, stream="speech"), text=partial(score_documents, stream="text"),
+             nll=score_windows)
 SPEECH_TASKS = ("sblimp", "librispeech", "nll")  # a plain SmolLM cannot do these
 
 
-def place_of(task, settings):
-    """Where the data of a task lies: a path, a list of data sets, or for nll {kind: list of data sets}."""
+def data_of(task, settings):
+    """Where the data of a task lies: a path or a list of data sets."""
     if task == "nll":
-        sets = {kind: getattr(settings, f"val_{kind}") for kind in KINDS}
-        return {kind: folders for kind, folders in sets.items() if folders}
+        return [*settings.val_text, *settings.val_speech, *settings.val_interleaved]
     return getattr(settings, "cloze" if task == "topic_cloze" else task)
 
 
 def choose_tasks(settings, has_speech):
     """Names of the tasks to score: settings.tasks, or those whose data was named, or the demo's. ValueError."""
     defaults = SimpleNamespace(**DEFAULTS)
-    named = [task for task in TASKS if place_of(task, settings) != place_of(task, defaults)]
+    named = [task for task in TASKS if data_of(task, settings) != data_of(task, defaults)]
     chosen = settings.tasks or named or ["topic_cloze", "nll"]
     for task in chosen:
         if task not in TASKS:
             raise ValueError(f"tasks: no task {task}; choose among {', '.join(TASKS)}")
         if not has_speech and task in SPEECH_TASKS:
             raise ValueError(f"tasks: {task} needs speech, and this checkpoint has no speech.safetensors")
-        place = place_of(task, settings)
-        if not place:
+        data = data_of(task, settings)
+        if not data:
             key = dict(topic_cloze="cloze", nll="val_text").get(task, task)
             raise ValueError(f"tasks: {task} has no data; set --{key}")
-        for paths in place.values() if task == "nll" else [place]:
-            for path in [paths] if isinstance(paths, str) else paths:
-                if not Path(path).exists():
-                    raise ValueError(f"{path}: no such file or folder; {task} is to be scored on it")
+        for path in [data] if isinstance(data, str) else data:
+            if not Path(path).exists():
+                raise ValueError(f"{path}: no such file or folder; {task} needs it")
     return chosen
 
 
 def score_checkpoint(folder, settings, world, path):
     """Score the tasks -> results. They are written to path (a json), to its .md and, item by item, to its .items/."""
     folder = Path(folder)
-    has_speech = (folder / "speech.safetensors").exists()
+    has_speech, hashes = (folder / "speech.safetensors").exists(), made_with(folder)
     chosen = choose_tasks(settings, has_speech)
-    model = from_pretrained(folder).to(world.device).eval()
-    tokenizer, hashes = Tokenizer(folder / "tokenizer.json"), made_with(folder)
+    if settings.units:
+        hear.check_units(settings.units, folder)
+    model, tokenizer = from_pretrained(folder).to(world.device).eval(), Tokenizer(folder / "tokenizer.json")
 
     weights = [file for file in sorted(folder.glob("*.safetensors")) if file.stem != "optimizer"]
     training = read_json(folder / "train.json") if (folder / "train.json").exists() else {}
@@ -323,26 +320,24 @@ def score_checkpoint(folder, settings, world, path):
                    parameters=n_text + n_speech if has_speech else n_text,
                    tokens=training.get("place", {}).get("tokens"), settings=vars(settings), processes=world.size,
                    device=world.device.type, torch=torch.__version__, made={})
-    autocast = partial(torch.autocast, world.device.type, torch.bfloat16)
     for task in chosen:
-        began, its_protocol = time.perf_counter(), settings.protocol.get(task, {})
+        began, protocol = time.perf_counter(), settings.protocol.get(task, {})
         evaluator = Evaluator(task, model, tokenizer, hashes, settings, world, path, has_speech)
-        with autocast() if settings.dtype == "bfloat16" else nullcontext():
-            result, items = TASKS[task](evaluator, place_of(task, settings), its_protocol)
-        results[task] = result
-        results["made"][task] = dict(protocol=its_protocol, files=fingerprint(evaluator.used), items=list(items),
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            results[task], items = TASKS[task](evaluator, data_of(task, settings), protocol)
+        results["made"][task] = dict(protocol=protocol, files=hear.fingerprint(evaluator.used), items=list(items),
                                      notes=evaluator.notes, seconds=time.perf_counter() - began)
         if world.rank == 0:
             path.with_suffix(".items").mkdir(exist_ok=True)
             for name, array in items.items():
-                np.save(item_path(path, task, name), array)
+                np.save(report.item_path(path, task, name), array)
             write(results, path)
     return results
 
 
 def write(results, path):
     path.write_text(json.dumps(results, indent=1))
-    path.with_suffix(".md").write_text(as_markdown(results), encoding="utf-8")
+    path.with_suffix(".md").write_text(report.as_markdown(results), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,8 +350,8 @@ def newest_checkpoint(folder):
         return folder
     found, bad = newest(folder, to_train=False)
     if found is None:
-        raise SystemExit(f"{folder}: no {'good ' if bad else ''}checkpoint here; give --checkpoint=FOLDER of a run or"
-                         f" of a model")
+        raise SystemExit(f"{folder}: no {'good ' if bad else ''}checkpoint here; give --checkpoint=FOLDER of a run or a"
+                         f" model, or train one with python train.py config/train_tiny.py")
     return found
 
 
@@ -365,34 +360,24 @@ def check_spans(settings):
     for key in ("text_span", "speech_span"):
         span = getattr(settings, key)
         if [type(n) for n in span] != [int, int] or not 1 <= span[0] <= span[1]:
-            raise SystemExit(f"{key}={span}: give the least and the most words of a span, like [5, 15]")
+            raise SystemExit(f"{key}={span}: give the fewest and the most words of a span, like [5, 15]")
 
 
-def check_settings(settings):
-    """The path of the results. SystemExit or ValueError, before anything is scored, for settings that make no sense."""
+def check_settings(settings, path):
+    """SystemExit, before anything is scored, for settings that make no sense. path: of the results."""
     check_spans(settings)
     if settings.dtype not in ("float32", "bfloat16"):
         raise SystemExit(f"dtype={settings.dtype}: choose float32 or bfloat16")
-    prefixes = [options.get("prefix", 0) for options in settings.protocol.values()]
-    if min(settings.batch_tokens, *prefixes) < 0 or settings.val_sequences < 1:
-        raise SystemExit("batch_tokens, protocol.TASK.prefix: give 0 or more; val_sequences: 1 or more")
     for task, options in settings.protocol.items():
-        for key, value in options.items():
-            if key in CHOICES and value not in CHOICES[key]:
-                raise SystemExit(f"protocol.{task}.{key}={value}: choose {' or '.join(CHOICES[key])}")
-    path = Path(settings.out or Path(settings.checkpoint) / "evaluation.json")
-    if not path.parent.is_dir() or path.is_dir() or path.suffix != ".json":
-        raise SystemExit(f"out={path}: give the name of a .json file in a folder that is there")
+        for key in CHOICES.keys() & options:
+            if options[key] not in CHOICES[key]:
+                raise SystemExit(f"protocol.{task}.{key}={options[key]}: choose {' or '.join(CHOICES[key])}")
+    if not path.parent.is_dir() or path.suffix != ".json":
+        raise SystemExit(f"out={path}: give the name of a .json file in an existing folder")
     if settings.versus.endswith(".json") and not Path(settings.versus).is_file():
         raise SystemExit(f"versus={settings.versus}: no such file")
     if settings.before and not settings.mmlu:
-        raise SystemExit(f"before={settings.before}: is scored on MMLU alone; set --mmlu too")
-    if settings.units:
-        from speech.units import read_vocabulary
-        wanted = made_with(Path(settings.checkpoint))[1]
-        if wanted not in (None, read_vocabulary(settings.units)[0]["hash"]):
-            raise SystemExit(f"{settings.units}: not the units that {settings.checkpoint} was trained with ({wanted})")
-    return path
+        raise SystemExit(f"before={settings.before}: this model is scored on MMLU alone; set --mmlu too")
 
 
 def main(argv):
@@ -408,25 +393,25 @@ def main(argv):
             # A run may still be writing checkpoints, so one process chooses for all.
             found = on_first(lambda folder=folder: str(newest_checkpoint(folder)), world)
             setattr(settings, key, found)
+    path = Path(settings.out or Path(settings.checkpoint) / "evaluation.json")
+    check_settings(settings, path)
     try:
-        path = check_settings(settings)
         results = score_checkpoint(settings.checkpoint, settings, world, path)
         if settings.before and "mmlu" in results:
             mmlu_alone = SimpleNamespace(**vars(settings) | dict(tasks=["mmlu"]))
-            its_path = path.with_name(f"{path.stem}.before.json")
-            results["before"] = score_checkpoint(settings.before, mmlu_alone, world, its_path)["mmlu"]
-        if settings.versus:
-            second = Path(settings.versus)
-            if second.suffix != ".json":
-                second = path.with_name(f"{path.stem}.versus.json")
-                score_checkpoint(settings.versus, settings, world, second)
-            if world.rank == 0:
-                results["versus"] = dict(checkpoint=settings.versus, scores=compare_results(path, second))
+            before = score_checkpoint(settings.before, mmlu_alone, world, path.with_name(f"{path.stem}.before.json"))
+            results["before"] = before["mmlu"]
+        second = Path(settings.versus)
+        if settings.versus and second.suffix != ".json":
+            second = path.with_name(f"{path.stem}.versus.json")
+            score_checkpoint(settings.versus, settings, world, second)
+        if settings.versus and world.rank == 0:
+            results["versus"] = dict(checkpoint=settings.versus, scores=report.compare_results(path, second))
     except ValueError as error:  # says which file and what
         raise SystemExit(str(error)) from None
     if world.rank == 0:
         write(results, path)
-        print(as_text(results))
+        print(report.as_text(results))
         print(f"written to {path}, {path.with_suffix('.md')}, {path.with_suffix('.items')}")
     leave_world()
 

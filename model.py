@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from runtime.files import read_json, read_tensors
+from runtime.files import read_json, read_tensors, reading
 
 try:  # on CUDA the input adapter computes each run of speech by itself: with this package, or with torch's own copy
     from flash_attn import flash_attn_varlen_func
@@ -65,7 +65,7 @@ class Config:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 100_000.0  # SmolLM has 10,000; SmolTolk raises it (Section 4.1)
-    initializer_range: float = 1 / 24  # standard deviation of new weights, SmolLM's own 1/sqrt(576)
+    initializer_range: float = 1 / 24  # standard deviation of new weights; SmolLM has 1/sqrt(576) too
     eos_token_id: int = 0
     # what SmolTolk adds
     n_units: int = 500
@@ -86,18 +86,19 @@ class Config:
         if self.layer_pooling not in ("dynamic", "fixed", "last"):
             raise ValueError(f"layer_pooling={reprlib.repr(self.layer_pooling)}: choose 'dynamic', 'fixed' or 'last'")
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), int("adapter" not in field.name and "eos" not in field.name)
+            value, problem = getattr(self, field.name), ""
+            least = 0 if "adapter" in field.name or "eos" in field.name else 1
             most = 1 << 10 if field.name.endswith("_layers") else 1 << 20
             if field.type is int and (type(value) is not int or not least <= value <= most):
-                raise ValueError(f"{field.name}={reprlib.repr(value)}: give a whole number from {least} to {most}")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e9):
-                raise ValueError(f"{field.name}={reprlib.repr(value)}: give a number between 0 and 1e9")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name}={reprlib.repr(value)}: give true or false")
-        if self.rope_theta < 1:
-            raise ValueError(f"rope_theta={self.rope_theta}: give 1 or more")
+                problem = f"give a whole number from {least} to {most}"
+            elif field.type is float and (type(value) not in (int, float) or not 0 < value < 1e9):
+                problem = "give a number between 0 and 1e9"
+            elif field.type is bool and type(value) is not bool:
+                problem = "give true or false"
+            if problem:
+                raise ValueError(f"{field.name}={reprlib.repr(value)}: {problem}")
         if self.eos_token_id >= self.vocab_size:
-            raise ValueError(f"eos_token_id={self.eos_token_id} is no id below vocab_size={self.vocab_size}")
+            raise ValueError(f"eos_token_id={self.eos_token_id} is not below vocab_size={self.vocab_size}")
         heads = self.num_attention_heads
         if self.hidden_size % (2 * heads) or heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads={heads} must divide half of hidden_size={self.hidden_size}"
@@ -105,12 +106,12 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# attention: who sees whom
+# attention: which position attends to which
 
 def rotary_table(config):
-    """cos and sin of every position's angles, [2, max_position_embeddings, head_dim] in fp32.
+    """cos and sin of the angles of all positions, [2, max_position_embeddings, head_dim] in fp32.
 
-    The half-split kind: dimensions i and i + head_dim/2 turn together, (a, b) -> (a cos - b sin, b cos + a sin).
+    Dimensions i and i + head_dim/2 form a pair, which is rotated: (a, b) -> (a cos - b sin, b cos + a sin).
     """
     head_dim = config.hidden_size // config.num_attention_heads
     frequency = config.rope_theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
@@ -125,21 +126,21 @@ def rotate(x, rope):
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far, so that the next forward pass reads only what is new.
+    """Keys and values of all positions so far, so that the next forward pass reads only new positions.
 
-    All rows write the same slots, so prompts of unlike length are padded on the left. Tensors are written in place.
-    A cache serves one part of a conversation; the next part reads everything anew.
+    All rows write to the same slots, so shorter prompts are padded on the left. Tensors are written in place. A cache
+    serves one part of a conversation; the next part reads everything again with a new cache.
     """
     input_adapter: list   # (keys, values) of each layer, each [B, length, H_kv, head_dim]
     backbone: list
     output_adapter: list
     is_speech: Tensor     # [B, length] bool, which slots hold speech
-    start: Tensor         # [B] int64, the slots of a row before this one are padding
+    start: Tensor         # [B] int64, the first slot of each row that is not padding
     slot: Tensor          # [] int64, the next slot that will be written
 
 
 def new_cache(model, start, length):
-    """An empty Cache of so many slots. start: of each row, the number of slots that are padding, int64 [B]."""
+    """An empty Cache with `length` slots. start: int64 [B], how many slots at the beginning of each row are padding."""
     c, weight = model.config, model.model.embed_tokens.weight
     if length > c.max_position_embeddings:
         raise ValueError(f"{length} positions, the model has max_position_embeddings={c.max_position_embeddings}")
@@ -147,17 +148,18 @@ def new_cache(model, start, length):
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     shape = 2, len(start), length, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
-    stacks = ([tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(n)]  # zeros, for 0 x NaN is NaN
+    stacks = ([tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(n)]  # not empty: 0 x NaN is NaN
               for n in (c.input_adapter_layers, c.num_hidden_layers, c.output_adapter_layers))
     is_speech = torch.zeros(len(start), length, dtype=torch.bool, device=device)
     return Cache(*stacks, is_speech, start.to(device), torch.zeros((), dtype=torch.long, device=device))
 
 
 def make_masks(is_speech, slots, branch=None, cache=None):
-    """What each position attends to: bool [1 or B, T, S] for backbone and output adapter, and for the input adapter.
+    """Attention masks: one for backbone and output adapter, one for the input adapter; bool [1 or B, T, S].
 
-    is_speech [B, T] and slots [T] are of the T positions that are read now. S slots can be seen, T without a cache.
-    branch: see Layout. Every position sees at least itself, because some kernels return NaN for an empty row.
+    is_speech [B, T] and slots [T] describe the T positions that are read now. They can attend to S slots; without a
+    cache S = T. branch: see Layout. Every position attends to itself, because some kernels return NaN for a fully
+    masked row.
     """
     if cache is not None:
         is_speech = cache.is_speech.index_copy_(1, slots, is_speech)      # [B, S]
@@ -169,21 +171,20 @@ def make_masks(is_speech, slots, branch=None, cache=None):
     if branch is not None:
         seen = seen & ((branch[:, None] == 0) | (branch[:, None] == branch[..., None]))
     seen = seen | itself
-    # A run of speech begins after the last slot in sight that holds no speech.
+    # A position's run of speech begins after the last slot without speech that the position can attend to.
     first = torch.where(seen & ~is_speech[:, None], slot + 1, 0).amax(-1, keepdim=True)
     return seen, seen & (slot >= first) | itself
 
 
 def attend(q, k, v, mask=None, runs=None):
-    """Attention of three kinds: causal over the row; where mask [1 or B, T, S] is true; or causal within runs.
+    """Attention: causal within runs (see Layout) if given; else where mask [1 or B, T, S] is true; else causal.
 
-    Given runs (see Layout), the mask is not looked at.
     q [B, T, H, head_dim]; k, v [B, S, H_kv, head_dim] -> [B, T, H, head_dim].
     """
     if runs is not None:
         return attend_runs(*(t.flatten(0, 1) for t in (q, k, v)), runs, q.size(1)).view(q.shape)
-    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # CUDA's kernel that saves memory has equal heads
-        k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # the memory-efficient kernel needs as many
+        k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))  # key heads as query heads
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, head_dim]
     mask = None if mask is None else mask[:, None]    # [1 or B, 1, T, S]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -192,11 +193,11 @@ def attend(q, k, v, mask=None, runs=None):
 
 
 def attend_runs(q, k, v, runs, longest):
-    """Causal attention inside each run by FlashAttention: q [B*T, H, head_dim]; k, v [B*T, H_kv, head_dim] -> like q.
+    """Causal attention within each run, by FlashAttention. q [B*T, H, head_dim]; k, v [B*T, H_kv, head_dim] -> like q.
     """
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(q, k, v, runs, runs, longest, longest, causal=True)
-    k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # torch 2.11 knows no grouped heads
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # torch 2.11 has no grouped heads here
     return varlen_attn(q, k, v, runs, runs, longest, longest, **CAUSAL)
 
 
@@ -226,7 +227,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    recompute = False  # compute the activation again in backward instead of keeping it (a setting of train.py)
+    recompute = False  # compute the activation again in backward, to save memory (a setting of train.py)
 
     def __init__(self, config):
         super().__init__()
@@ -236,7 +237,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.recompute:  # no matrix product is made twice: checkpoint stops once down_proj's input is there again
+        if self.recompute:  # no matrix product is computed twice: recomputation stops at the input of down_proj
             return checkpoint(self.down, gate, up, use_reentrant=False, preserve_rng_state=False)
         return self.down(gate, up)
 
@@ -257,7 +258,7 @@ class Layer(nn.Module):
 
 
 def apply_layers(layers, x, rope, mask=None, runs=None, slots=None, cache=None):
-    """[x, the output of the first layer, ..., of the last one]. cache: the (keys, values) of each layer."""
+    """[x, output of layer 1, ..., output of the last layer]. cache: (keys, values) of each layer."""
     states = [x]
     for i, layer in enumerate(layers):
         past = None if cache is None else (*cache[i], slots)
@@ -269,13 +270,13 @@ def apply_layers(layers, x, rope, mask=None, runs=None, slots=None, cache=None):
 # the text-speech model
 
 class Layout(NamedTuple):
-    """Where each head has something to predict in a batch, and where its runs of one modality lie."""
+    """Where each head predicts something in a batch, and where the runs of one modality are."""
     text: Tensor | None      # int64, the flat positions (row * T + column) that predict a text token
-    speech: Tensor | None    # ... a unit or speech EOS; perhaps empty. None: the speech modules are left out
-    runs: Tensor | None = None    # int32, 0 and the cumulated lengths of all runs of one modality in the flattened
-                                  # batch, text included; FlashAttention uses it in place of a mask
-    branch: Tensor | None = None  # int64 [B, T], where rows hold several sequences with a common beginning: 0 there,
-                                  # 1, 2 .. in what follows it; the sequences do not see each other
+    speech: Tensor | None    # the same for units and speech EOS; may be empty. None: the speech modules are skipped
+    runs: Tensor | None = None    # int32, 0 and the cumulated lengths of all runs of text or speech in the flattened
+                                  # batch; FlashAttention uses them in place of a mask
+    branch: Tensor | None = None  # int64 [B, T], for rows that hold several sequences with a common beginning: 0 in
+                                  # the beginning, then 1, 2 .. for each sequence; they do not attend to each other
 
 
 class Output(NamedTuple):
@@ -283,24 +284,28 @@ class Output(NamedTuple):
     speech: Tensor | None     # [B, T, d] what the speech head reads
     hidden: list              # z', c(1) .. c(L), the last one after the norm; each [B, T, d]
     log_omega: Tensor | None  # [B, T, L] logarithms of the layer weights (Eq. 3)
-    text_nll: Tensor | None = None    # -ln p in nats of each text target, in the order of layout.text
-    speech_nll: Tensor | None = None  # ... of each speech target
+    text_nll: Tensor | None = None    # -ln p of each text target in nats, in the order of layout.text
+    speech_nll: Tensor | None = None  # -ln p of each speech target, in the order of layout.speech
 
 
-TEXT_ONLY = Layout(text=None, speech=None)  # for ids without speech, where no loss is asked for
+TEXT_ONLY = Layout(text=None, speech=None)  # for ids without speech, and without losses
+
+
+def find_speech(ids, config):
+    """True where ids are units or speech EOS. The switch token is not speech."""
+    return (ids >= config.vocab_size) & (ids != config.switch)
 
 
 def make_layout(ids, targets, config):
     """ids, targets int64 [B, T] -> Layout. Negative targets and switch tokens are not scored."""
-    flat, V = targets.flatten(), config.vocab_size
-    text = ((flat >= 0) & (flat < V)).nonzero()[:, 0]
-    speech = ((flat >= V) & (flat != config.switch)).nonzero()[:, 0]
-    is_speech = (ids >= V) & (ids != config.switch)
+    flat, is_speech = targets.flatten(), find_speech(ids, config)
+    text = ((flat >= 0) & (flat < config.vocab_size)).nonzero()[:, 0]
+    speech = find_speech(flat, config).nonzero()[:, 0]
     starts = torch.ones_like(is_speech)  # a run never crosses a row
     starts[:, 1:] = is_speech[:, 1:] != is_speech[:, :-1]
     runs = starts.flatten().nonzero()[:, 0]
-    # torch.compile wants few shapes, so empty runs are appended. There is about one run in 40 positions; only spans
-    # of few words give more.
+    # Empty runs are appended, because torch.compile makes a new graph for each size. There is about one run in 40
+    # positions; only spans of few words give more.
     size = next(size for size in (ids.numel() // 32, ids.numel() // 8, ids.numel()) if len(runs) <= size)
     return Layout(text, speech, F.pad(runs, (0, size + 1 - len(runs)), value=ids.numel()).int())
 
@@ -335,8 +340,8 @@ class SmolTolk(nn.Module):
         for layer in [*self.input_adapter, *self.output_adapter]:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
-        # The selector starts with all layers alike. Random weights would pick one layer from the first step on, because
-        # the hidden states of a trained backbone are large.
+        # The selector starts with equal weights for all layers. Random weights would select one layer from the first
+        # step on, because the hidden states of a trained backbone are large.
         if self.config.layer_pooling == "dynamic":
             nn.init.zeros_(self.layer_selector.weight)
 
@@ -345,10 +350,10 @@ class SmolTolk(nn.Module):
         ids      int64 [B, T]
         targets  int64 [B, T], the next ids; negative ones and switch tokens are not scored. None: no losses
         layout   Layout, made here if it is not given
-        cache    Cache of what stands before ids; it is filled further
+        cache    Cache of the positions before ids; those of ids are added to it
         """
-        branched = layout is not None and layout.branch is not None  # longer than each of its sequences
-        if ids.size(1) > self.rope.size(1) and not branched:
+        is_branched = layout is not None and layout.branch is not None  # then a row is longer than its sequences
+        if ids.size(1) > self.rope.size(1) and not is_branched:
             raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
         if targets is not None and layout is None:
             layout = make_layout(ids, targets, self.config)
@@ -359,27 +364,27 @@ class SmolTolk(nn.Module):
         return out if targets is None else self.add_losses(out, targets, layout)
 
     def read(self, ids, runs=None, branch=None, speaks=True, cache=None):
-        """All but the losses -> Output. speaks=False leaves out the speech modules; ids then hold no speech."""
+        """Everything but the losses -> Output. speaks=False skips the speech modules, for ids without speech."""
         T, slots = ids.size(1), torch.arange(ids.size(1), device=ids.device)
         if cache is not None:
             slots = slots + cache.slot
             cache.slot.add_(T)
-        is_plain = cache is None and branch is None  # plain rows: the backbone's attention is causal, without a mask
+        is_plain = cache is None and branch is None  # the backbone then needs no mask, only causal attention
         if not is_plain or not self.can_use_flash(ids):
-            runs = None                         # a mask takes its place
-        is_speech, positions, seen, within_run = self.is_speech(ids), slots[None], None, None
+            runs = None                         # a mask replaces them
+        is_speech, positions, seen, within_run = find_speech(ids, self.config), slots[None], None, None
         if not is_plain or (speaks and self.input_adapter and runs is None):
             seen, within_run = make_masks(is_speech, slots, branch, cache)
         if is_plain:
             seen = None
-        if branch is not None:                  # the positions [B, T] that each sequence has alone
-            positions = (seen.sum(-1) - 1).clamp(max=self.rope.size(1) - 1)  # padding might get one past the table
+        if branch is not None:                  # [B, T], the positions that each sequence would have alone
+            positions = (seen.sum(-1) - 1).clamp(max=self.rope.size(1) - 1)  # padding may exceed the table
         rope = self.rope[:, positions, None]    # [2, 1 or B, T, 1, head_dim]
         pasts = [None] * 3 if cache is None else cache[:3]
 
         z = self.embed(ids) if speaks else self.model.embed_tokens(ids)  # [B, T, d]
         x = z
-        if speaks and self.input_adapter:  # text and switch embeddings pass untouched
+        if speaks and self.input_adapter:  # embeddings of text and of the switch token stay as they are
             x = apply_layers(self.input_adapter, z, rope, within_run, runs, slots, pasts[0])[-1]
             x = torch.where(is_speech[..., None], x, z)
         hidden = apply_layers(self.model.layers, x, rope, seen, None, slots, pasts[1])
@@ -392,17 +397,13 @@ class SmolTolk(nn.Module):
         return Output(hidden[-1], speech, hidden, log_omega)
 
     def can_use_flash(self, ids):
-        """FlashAttention takes half precision on CUDA, and heads of a multiple of 8 up to 256."""
+        """FlashAttention needs half precision on CUDA, and a head_dim that is a multiple of 8 up to 256."""
         dtype, head_dim = self.model.embed_tokens.weight.dtype, self.rope.size(-1)
         half = dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(ids.device.type)
         return ids.is_cuda and half and head_dim % 8 == 0 and head_dim <= 256
 
-    def is_speech(self, ids):
-        """Units and speech EOS, not the switch token."""
-        return (ids >= self.config.vocab_size) & (ids != self.config.switch)
-
     def embed(self, ids):
-        """Raw embeddings z: text ids from the backbone's table, units, speech EOS and switch from the new one."""
+        """Embeddings z: of text ids from the backbone's table; of units, speech EOS and switch from the new one."""
         V = self.config.vocab_size
         text = self.model.embed_tokens(ids.clamp(max=V - 1))
         new = self.speech_embed((ids - V).clamp(min=0))
@@ -420,7 +421,7 @@ class SmolTolk(nn.Module):
         return sum(w * c for w, c in zip(omega.split(1, dim=-1), layers)), log_omega  # Eq. 3
 
     def add_losses(self, out, targets, layout):
-        """Output with -ln p of each target. Each head is computed only at the positions whose target it predicts."""
+        """Output with -ln p of each target. Each head is computed only where it predicts the target."""
         targets = targets.flatten()
         text_nll = nll(out.text.flatten(0, 1)[layout.text], self.model.embed_tokens.weight, targets[layout.text])
         if layout.speech is None:
@@ -441,9 +442,10 @@ class SmolTolk(nn.Module):
 def nll(x, weight, targets):
     """-ln p(target) in nats, p = softmax(W x): x [n, d], weight [V, d], targets [n] -> fp32 [n].
 
-    Logits are the largest tensors of all (n x 49152). Many come in pieces, and are computed again in backward.
+    Logits are the largest tensors of all (n x 49152). If n is large, they are computed in pieces, and once more in
+    backward.
     """
-    weight = weight.view_as(weight)  # autocast keeps its copy of a parameter, and would sum up gradients in that
+    weight = weight.view_as(weight)  # autocast would keep a bf16 copy of a parameter and sum its gradients in bf16
 
     def of_piece(x, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
@@ -465,21 +467,21 @@ def selector_entropy(log_omega, positions):
 # counting
 
 def is_new(name):
-    """Is the tensor of this name one that SmolTolk adds, rather than the text backbone's?"""
+    """Does the tensor of this name belong to what SmolTolk adds? Otherwise it belongs to the text backbone."""
     return not name.startswith("model.")
 
 
 def count_parameters(model):
-    """(text, speech): parameters of the backbone and of all that is added (Table 5)."""
+    """(text, speech): how many parameters the backbone has, and how many are added (Table 5)."""
     sizes = [(is_new(name), p.numel()) for name, p in model.named_parameters()]
     return sum(n for new, n in sizes if not new), sum(n for new, n in sizes if new)
 
 
 def forward_flops(config, rows, length, speaks=True, n_text=0, n_speech=0):
-    """(backbone, added modules): floating point operations of one forward pass, a multiply-add counted as two.
+    """(backbone, added modules): floating point operations of one forward pass. A multiply-add counts as two.
 
-    Matrix products and causal attention at all positions, and the heads at n_text and n_speech targets. Norms, softmax
-    and pooling (under 1%) are left out. Training takes three times as much, or twice where weights are frozen.
+    Counted are matrix products, causal attention, and the heads at n_text and n_speech targets; not norms, softmax and
+    pooling (under 1%). Training takes three times as many, or twice as many where weights are frozen.
     """
     d, L, positions = config.hidden_size, config.num_hidden_layers, rows * length
     d_kv = d // config.num_attention_heads * config.num_key_value_heads
@@ -502,32 +504,21 @@ REQUIRED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp
 
 
 def read_config(folder, **overrides):
-    """config.json of a SmolLM or SmolTolk folder -> Config; overrides win. Raises ValueError naming the key."""
+    """config.json of a SmolLM or SmolTolk folder -> Config; overrides win. ValueError naming the file and the key."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; a SmolLM or SmolTolk folder is needed")
     file = read_json(path)
-    try:
-        file = {**file, "rope_theta": file.get("rope_theta") or file["rope_parameters"]["rope_theta"]}
-        values = {key: file[key] for key in LLAMA if key != "initializer_range"} | file.get("smoltolk", {})
-    except KeyError as e:
-        raise ValueError(f"{path}: key {e} is missing, not a Llama config.json") from None
-    except TypeError as e:
-        raise ValueError(f"{path}: not a Llama config.json ({e})") from None
-    values = {**values, "initializer_range": file.get("initializer_range", 0.02), **overrides}
-    for key, wanted in REQUIRED.items():
-        if file.get(key, wanted) != wanted:
-            raise ValueError(f"{path}: {key} is {reprlib.repr(file[key])}, only {wanted!r} is supported")
-    if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(Config)}):
-        raise ValueError(f"{path}: unknown model key {reprlib.repr(unknown[0])}")
-    try:
-        config = Config(**values)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    head_dim = config.hidden_size // config.num_attention_heads
-    if file.get("head_dim") not in (None, head_dim):
-        raise ValueError(f"{path}: head_dim is {reprlib.repr(file['head_dim'])}, only hidden_size / num_attention_heads"
-                         f" = {head_dim} is supported")
+    with reading(path, "not a Llama config.json that this model supports"):
+        values = {key: file[key] for key in LLAMA if key not in ("rope_theta", "initializer_range")}
+        values["rope_theta"] = file.get("rope_theta") or file["rope_parameters"]["rope_theta"]
+        values["initializer_range"] = file.get("initializer_range", 0.02)
+        for key, wanted in REQUIRED.items():
+            if file.get(key, wanted) != wanted:
+                raise ValueError(f"{key} is {reprlib.repr(file[key])}, only {wanted!r} is supported")
+        config = Config(**{**values, **file.get("smoltolk", {}), **overrides})
+        head_dim = config.hidden_size // config.num_attention_heads
+        if file.get("head_dim") not in (None, head_dim):
+            raise ValueError(f"head_dim is {reprlib.repr(file['head_dim'])}, only hidden_size / num_attention_heads ="
+                             f" {head_dim} is supported")
     return config
 
 
@@ -538,14 +529,13 @@ def read_shards(folder, stem):
         return read_tensors(folder / f"{stem}.safetensors")
     listed, tensors = read_json(index).get("weight_map"), {}
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        raise ValueError(f"{index}: weight_map is no {{tensor: file}}")
+        raise ValueError(f"{index}: weight_map is not a dict {{tensor: file}}")
     for name in sorted(set(listed.values())):
         if os.path.basename(name) != name or not name.isprintable() or len(name) > 200:
-            raise ValueError(f"{index}: shard {reprlib.repr(name)} is no name of a file in the folder")
+            raise ValueError(f"{index}: shard {reprlib.repr(name)} is not the name of a file in the folder")
         tensors |= read_tensors(folder / name)
-    if odd := sorted(tensors.keys() ^ listed.keys()):
-        where = "the shards" if odd[0] in tensors else "this index"
-        raise ValueError(f"{index}: tensor {reprlib.repr(odd[0])} is in {where} alone")
+    if differing := sorted(tensors.keys() ^ listed.keys()):
+        raise ValueError(f"{index}: tensor {reprlib.repr(differing[0])} is only in the shards or only in this index")
     return tensors
 
 
@@ -553,30 +543,28 @@ def from_pretrained(folder, **overrides):
     """A model in fp32 from a folder of SmolLM (new modules start at random) or of SmolTolk (all is read).
 
     overrides: Config fields, e.g. rope_theta=100_000, layer_pooling="fixed" (only for a SmolLM folder).
-    Raises ValueError naming the file and the missing, extra or misshaped tensor.
+    Raises ValueError naming the file, and the tensor that is missing, unknown or has another shape.
     """
     folder = Path(folder)
     config, tensors = read_config(folder, **overrides), read_shards(folder, "model")
     has_speech = (folder / "speech.safetensors").exists()
     if has_speech:
         tensors |= read_shards(folder, "speech")
-    if config.num_hidden_layers + config.input_adapter_layers + config.output_adapter_layers > len(tensors):
-        raise ValueError(f"{folder}: {len(tensors)} tensors, too few for the layers that config.json asks for")
-    with torch.device("meta"):  # shapes only: config.json may ask for more memory than there is
-        wanted = {name: t for name, t in SmolTolk(config).state_dict().items() if has_speech or not is_new(name)}
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise ValueError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'unexpected'}")
-    for name, tensor in wanted.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)},"
-                             f" config.json asks for {tuple(tensor.shape)}")
+    with torch.device("meta"):  # shapes only, because config.json may ask for more memory than this machine has
+        state = SmolTolk(config).state_dict()
+    wanted = {name: list(t.shape) for name, t in state.items() if has_speech or not is_new(name)}
+    found = {name: list(t.shape) for name, t in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"{folder}: tensor {name[:100]!r} has shape {found.get(name, '(missing)')},"
+                             f" config.json asks for {wanted.get(name, 'no such tensor')}")
     model = SmolTolk(config)
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
     return model
 
 
 def save_pretrained(model, folder, dtype=torch.float32):
-    """Write config.json, model.safetensors (the backbone; transformers opens it) and speech.safetensors (all added)."""
+    """Write config.json, model.safetensors (the backbone, for transformers too) and speech.safetensors (all else)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields = dataclasses.asdict(model.config)

@@ -6,11 +6,11 @@ Talk to a checkpoint: text or speech in, text or speech out.
     python sample.py --checkpoint=out/train_tiny --to=speech:60,text:20,speech:60       # no prompt, back and forth
     python sample.py --checkpoint=weights/smollm2-135m --prompt="Once" --prompt="Twice" # a text LM, a batch of two
 
-A prompt is text, a sound file, or a file of units (.json or .npy; a unit that repeats is taken once, as in training).
-Text is printed as it is made. Speech goes to a sound file, with its units in a .json beside it that can be a prompt
+A prompt is text, a sound file, or a file of units (.json or .npy; repeated units count once, as in training). Text is
+printed as it is made. Speech goes to a sound file. Its units go to a .json with the same name, which can be a prompt
 again. In a batch, or with several parts, the names get the numbers of row and part: answer-2-1.wav.
 
-The model never chooses the modality: --to does. Each part asks one head only, so it cannot contain a symbol of the
+The model never chooses the modality: --to does. Each part uses one head only, so it cannot contain a symbol of the
 other modality or a switch token. A part ends with the EOS of its modality, which is not kept, or when it is long
 enough. Then a switch token is read, and the other head takes over.
 """
@@ -26,49 +26,49 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from benchmarks.hear import check_units
 from configurator import configure
 from data import prompt_sequence
 from evaluate import newest_checkpoint
 from model import TEXT_ONLY, from_pretrained, new_cache
-from runtime.checkpoint import made_with
 from runtime.devices import pick_device
 from runtime.tokenizer import Tokenizer
 
 checkpoint = "out/train_tiny"  # folder of a run (its newest checkpoint is taken) or of a model, SmolLM's too
-prompt = []                    # text, a sound file or a file of units; give it several times for a batch, or not at all
-to = "text"                    # what to make: text, speech, or several parts, text:30,speech:100 with their lengths
-max_new = 128                  # at most so many symbols in a part without a length
+prompt = []                    # text, a sound file or a file of units; repeat it for a batch, or leave it out
+to = "text"                    # what to make: text, speech, or several parts with lengths, as in text:30,speech:100
+max_new = 128                  # most symbols in a part without a length
 temperature = 0.8              # 0: always the likeliest symbol
-top_k = 0                      # draw among the k likeliest symbols only; 0: among all
-top_p = 1.0                    # draw among the fewest likeliest symbols whose probabilities sum up to this
+top_k = 0                      # draw only among the k likeliest symbols; 0: among all
+top_p = 1.0                    # draw only among the fewest likeliest symbols whose probabilities sum up to this
 seed = 1                       # of the draws
-units = "data/demo/units"      # folder of the unit vocabulary, the one that the checkpoint was trained with
+units = "data/demo/units"      # folder of the unit vocabulary that the checkpoint was trained with
 vocoder = ""                   # folder of a vocoder, for HuBERT units
 out = "answer.wav"             # sound file for speech, .wav or .flac
 device = "auto"                # "cuda", "cpu", "mps", or the best there is
-dtype = "float32"              # "bfloat16": half the memory, faster where the hardware has it
+dtype = "float32"              # or "bfloat16", "float16": half the memory, and faster on a GPU
 compile = False                # torch.compile, on CUDA with CUDA graphs: minutes to start, then faster
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, float, str, list)) and not k.startswith("_")}
 SOUND = (".wav", ".flac", ".ogg", ".mp3", ".sph", ".g722", ".m4a", ".mp4", ".webm")
-SILENCE = 1e-3                 # of full scale, -60 dB: below it a recording counts as silent
+SILENCE = 1e-3                 # of full scale, -60 dB: a recording below it counts as silent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # generation
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw a symbol of each row: logits [B, n] -> int64 [B].
+    """Draw a symbol for each row: logits [B, n] -> int64 [B].
 
-    temperature   divides the logits; 0: the likeliest symbol, nothing is drawn
+    temperature   divides the logits; 0: take the likeliest symbol
     top_k         only the k likeliest; 0: all
-    top_p         of those, renormalised, the fewest likeliest whose probabilities sum up to this or more
+    top_p         of those, renormalised, only the fewest likeliest whose probabilities sum up to this or more
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits, index = logits.float() / temperature, None
     if top_k or top_p < 1:
-        logits, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+        logits, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # sorted
     p = logits.softmax(-1)
     if top_p < 1:
         p = p * (p.cumsum(-1) - p < top_p)  # keep a symbol if those before it do not suffice; the first always stays
@@ -104,15 +104,15 @@ def compile_step(cache):
 def generate(model, openings, plan, pick, compiled=False):
     """Yield the symbols as they are made: (number of the part, [B] ids, None in rows whose part is over).
 
-    openings   a list of ids for each row, none empty, in the model's id space, a switch token at the end if it is due
-    plan       (modality, most symbols) of each part, modalities taking turns
+    openings   a nonempty list of ids for each row, in the model's id space, with the switch token if one is due
+    plan       (modality, most symbols) of each part; modalities take turns
     pick       logits [B, n] -> ids [B], as draw() does
     Ids count from 0 in both modalities, as in a tokenizer or a unit vocabulary. EOS is not among them.
     """
     config, rows = model.config, [list(ids) for ids in openings]
     length = positions_needed(openings, plan)  # the same for all parts, so that compiled steps fit all of them
     for part, (modality, most) in enumerate(plan):
-        # Among a head's symbols EOS has this number; in the id space that all share, the first symbol has that one.
+        # EOS is counted among the head's own symbols; first_id is the first of them in the shared id space.
         eos, first_id = (config.eos_token_id, 0) if modality == "text" else (config.n_units, config.vocab_size)
         if part:
             rows = [[*ids, config.switch] for ids in rows]
@@ -121,12 +121,11 @@ def generate(model, openings, plan, pick, compiled=False):
         going = [True] * len(rows)
         for made in range(1, most + 1):
             drawn = pick(logits)
-            symbols = drawn.tolist()
-            going = [goes and symbol != eos for goes, symbol in zip(going, symbols)]
-            yield part, [symbol if goes else None for goes, symbol in zip(going, symbols)]
-            for ids, goes, symbol in zip(rows, going, symbols):
-                if goes:
-                    ids.append(first_id + symbol)
+            symbols = [symbol if goes and symbol != eos else None for goes, symbol in zip(going, drawn.tolist())]
+            yield part, symbols
+            for ids, symbol in zip(rows, symbols):
+                ids += [] if symbol is None else [first_id + symbol]
+            going = [symbol is not None for symbol in symbols]
             if made == most or not any(going):
                 break
             # A row whose part is over goes on, but its further symbols are dropped: the next part reads rows anew.
@@ -135,7 +134,7 @@ def generate(model, openings, plan, pick, compiled=False):
 
 def positions_needed(openings, plan):
     """How many symbols the longest row may come to read."""
-    # Between parts a switch token is read too. The last symbol that is made is not read.
+    # A switch token is read between parts. The last symbol is not read.
     return max(map(len, openings)) + sum(most for _, most in plan) + len(plan) - 2
 
 
@@ -148,7 +147,7 @@ def read_plan(to, max_new):
     for part in to.split(","):
         modality, colon, n = part.strip().partition(":")
         if modality not in ("text", "speech") or (colon and not n.isdecimal()) or int(n or max_new) < 1:
-            raise ValueError(f"--to={to}: {part.strip()!r} is none of text, speech, text:N, speech:N, N at least 1")
+            raise ValueError(f"--to={to}: {part.strip()!r} is not text, speech, text:N or speech:N with N at least 1")
         if plan and plan[-1][0] == modality:
             raise ValueError(f"--to={to}: two parts of {modality} in a row; make it one, {modality}:N")
         plan.append((modality, int(n or max_new)))
@@ -159,17 +158,9 @@ def read_units(path, n_units):
     """The units in a .json (a list) or .npy, without repeats; ValueError."""
     from speech.units import collapse, read_ids
 
-    try:
-        ids = read_ids(path)
-    except ValueError as error:
-        raise ValueError(f"unreadable units: {error}") from None
-    if ids.size == 0:
-        raise ValueError(f"empty prompt: {path} holds no units; leave --prompt out to begin without one")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"unreadable units: {path} holds {ids.dtype} {list(ids.shape)}, not a list of integers")
-    if ids.min() < 0 or ids.max() >= n_units:
-        wrong = ids[(ids < 0) | (ids >= n_units)][0]
-        raise ValueError(f"units out of range: {path} has a {wrong}, the model's are 0 to {n_units - 1}")
+    ids = read_ids(path)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0 or ids.min() < 0 or ids.max() >= n_units:
+        raise ValueError(f"{path}: not a list of units; it needs one integer or more, each from 0 to {n_units - 1}")
     return collapse(ids)[0].tolist()
 
 
@@ -179,7 +170,7 @@ def read_sound(path, vocabulary):
 
     waveform = read_audio(path)
     if np.abs(waveform - waveform.mean()).max() < SILENCE:
-        raise ValueError(f"silent audio: {path} stays below -60 dB of full scale, all {len(waveform)} samples of it")
+        raise ValueError(f"silent audio: {path} stays below -60 dB of full scale")
     [(ids, _)] = vocabulary.encode([waveform])
     if len(ids) == 0:
         raise ValueError(f"audio too short: {path} has {len(waveform)} samples at 16 kHz, fewer than one unit takes")
@@ -193,7 +184,7 @@ def kind_of(prompt):
 
 
 def opening(prompt, first, config, tokenizer, vocabulary):
-    """The ids that a row begins with: EOS, the prompt if any, a switch token if the first part is of the other kind."""
+    """The ids that a row begins with: EOS, the prompt if any, and a switch token if the first part needs one."""
     if prompt is None:
         return prompt_sequence([], [], (first, first), config)[0]
     if not prompt.strip():
@@ -205,54 +196,22 @@ def opening(prompt, first, config, tokenizer, vocabulary):
     return prompt_sequence([config.vocab_size + i for i in ids], [], ("speech", first), config)[0]
 
 
-def check_room(openings, plan, config):
-    """ValueError if the longest row does not fit the model's positions."""
-    needed, there = positions_needed(openings, plan), config.max_position_embeddings
-    if needed > there:
-        row = int(np.argmax([len(ids) for ids in openings]))
-        raise ValueError(f"prompt too long: prompt {row + 1} has {len(openings[row])} symbols, with what --to and"
-                         f" --max_new add {needed}; the model has {there} positions")
-
-
 def check_settings(c):
     """ValueError for settings that make no sense."""
-    for fine, fault in (
-            (c.temperature >= 0, f"temperature={c.temperature}: give 0 or more"),
-            (c.top_k >= 0, f"top_k={c.top_k}: give 0 (all) or more"),
-            (0 < c.top_p <= 1, f"top_p={c.top_p}: give more than 0, up to 1"),
-            (c.max_new >= 1, f"max_new={c.max_new}: give 1 or more"),
-            (c.dtype in ("float32", "bfloat16", "float16"), f"dtype={c.dtype}: choose float32, bfloat16 or float16"),
-            (Path(c.out).suffix in (".wav", ".flac"), f"out={c.out}: give a name that ends in .wav or .flac"),
-            (Path(c.out).parent.is_dir(), f"out={c.out}: there is no folder {Path(c.out).parent}")):
-        if not fine:
-            raise ValueError(fault)
-
-
-def load(folder, needs_speech):
-    """The model of a folder. A plain SmolLM has no speech modules, and gets none."""
-    if (folder / "speech.safetensors").exists():
-        return from_pretrained(folder)
-    if needs_speech:
-        raise ValueError(f"{folder}: a text model, it has no speech.safetensors; prompt it with text, and --to=text")
-    return from_pretrained(folder, input_adapter_layers=0, output_adapter_layers=0, layer_pooling="last",
-                           residual=False)
-
-
-def load_vocabulary(folder, wanted, device):
-    """The unit vocabulary of a folder. ValueError if its hash is not the wanted one (None: any)."""
-    from speech.units import load_units
-
-    vocabulary = load_units(folder, device)
-    if wanted not in (None, vocabulary.hash):
-        raise ValueError(f"{folder}: not the units that the checkpoint was trained with; give their folder as --units")
-    return vocabulary
+    if c.temperature < 0 or c.top_k < 0 or not 0 < c.top_p <= 1:
+        raise ValueError(f"temperature={c.temperature}, top_k={c.top_k}, top_p={c.top_p}: the first two must not be"
+                         f" negative, and top_p must be more than 0 and at most 1")
+    if c.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={c.dtype}: choose float32, bfloat16 or float16")
+    if Path(c.out).suffix not in (".wav", ".flac") or not Path(c.out).parent.is_dir():
+        raise ValueError(f"out={c.out}: give a name that ends in .wav or .flac, in an existing folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what comes out
 
 def write_speech(ids, path, vocabulary, vocoder):
-    """Speak units into a sound file, with a .json of them beside it. Says so on standard error."""
+    """Speak units into a sound file, and write them to a .json with the same name."""
     from speech.audio import SAMPLE_RATE, write_audio
     from speech.units import resynthesise
 
@@ -263,43 +222,39 @@ def write_speech(ids, path, vocabulary, vocoder):
           file=sys.stderr)
 
 
-def part_path(out, row, rows, part, parts):
-    """answer.wav, with the numbers of row and part, counted from 1, where there are several: answer-2-1.wav."""
-    numbers = [f"-{number + 1}" for number, count in ((row, rows), (part, parts)) if count > 1]
-    return Path(out).with_stem(Path(out).stem + "".join(numbers))
-
-
-def show(made, modality, part, parts, c, tokenizer, vocabulary, vocoder):
-    """Show a part that is made, a list of ids for each row: texts of a batch are printed, speech is written."""
-    for row, ids in enumerate(made):
-        if modality == "text" and len(made) > 1:  # the text of a single row is printed already, as it is made
-            print(f"[{row + 1}] {tokenizer.decode(ids)}")
-        if modality == "speech" and ids:
-            write_speech(ids, part_path(c.out, row, len(made), part, parts), vocabulary, vocoder)
+def show(rows, modality, part, parts, c, tokenizer, vocabulary, vocoder):
+    """Print a part's texts, or write its speech. rows: a list of ids for each row."""
+    for row, ids in enumerate(rows):
         if not ids:
             print(f"prompt {row + 1}: no {modality}, EOS came first", file=sys.stderr)
+        elif modality == "speech":
+            numbers = [f"-{number + 1}" for number, count in ((row, len(rows)), (part, parts)) if count > 1]
+            path = Path(c.out)
+            write_speech(ids, path.with_stem(path.stem + "".join(numbers)), vocabulary, vocoder)
+        if modality == "text" and len(rows) > 1:  # a single row's text was printed as it was made
+            print(f"[{row + 1}] {tokenizer.decode(ids)}")
 
 
 def talk(c, model, openings, plan, tokenizer, vocabulary, vocoder):
     """Make all parts of all rows, and show them. The text of a single row is printed as it is made."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(c.seed)
     pick = partial(draw, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, generator=generator)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # prints a character as soon as all its bytes are there
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # prints a character once it has all its bytes
     symbols, seconds = 0, 0.0
     for part, steps in itertools.groupby(generate(model, openings, plan, pick, c.compile), lambda step: step[0]):
-        made, began = [[] for _ in openings], time.perf_counter()
+        rows, began = [[] for _ in openings], time.perf_counter()
         streams = plan[part][0] == "text" and len(openings) == 1
         for _, row_symbols in steps:
-            for ids, symbol in zip(made, row_symbols):
-                if symbol is None:
-                    continue
-                ids.append(symbol)
-                if streams:
-                    print(decoder.decode(tokenizer.decode_bytes([symbol])), end="", flush=True)
+            for ids, symbol in zip(rows, row_symbols):
+                if symbol is not None:
+                    ids.append(symbol)
+                    symbols += 1
+                    if streams:
+                        print(decoder.decode(tokenizer.decode_bytes([symbol])), end="", flush=True)
         if streams:
             print(decoder.decode(b"", final=True), flush=True)
-        seconds, symbols = seconds + time.perf_counter() - began, symbols + sum(map(len, made))
-        show(made, plan[part][0], part, len(plan), c, tokenizer, vocabulary, vocoder)
+        seconds += time.perf_counter() - began
+        show(rows, plan[part][0], part, len(plan), c, tokenizer, vocabulary, vocoder)
     print(f"{symbols} symbols, {symbols / seconds:.0f} a second", file=sys.stderr)
 
 
@@ -310,17 +265,26 @@ def main(argv):
     c = SimpleNamespace(**settings)
     prompts = prompts or c.prompt or [None]
     folder, device = newest_checkpoint(c.checkpoint), pick_device(c.device)
+    tokenizer = vocabulary = vocoder = None
     try:
         check_settings(c)
         plan = read_plan(c.to, c.max_new)
         kinds = {kind_of(prompt) for prompt in prompts if prompt} | dict(plan).keys()
-        model = load(folder, needs_speech=kinds != {"text"})
-        tokenizer = Tokenizer(folder / "tokenizer.json") if "text" in kinds else None
-        vocabulary = load_vocabulary(c.units, made_with(folder)[1], device) if kinds & {"speech", "sound"} else None
+        if kinds != {"text"} and not (folder / "speech.safetensors").exists():
+            raise ValueError(f"{folder}: a text model without speech.safetensors; give a prompt of text, and --to=text")
+        model = from_pretrained(folder)
+        if "text" in kinds:
+            tokenizer = Tokenizer(folder / "tokenizer.json")
+        if kinds & {"speech", "sound"}:
+            from speech.units import load_units
+            check_units(c.units, folder)
+            vocabulary = load_units(c.units, device)
         openings = [opening(prompt, plan[0][0], model.config, tokenizer, vocabulary) for prompt in prompts]
-        check_room(openings, plan, model.config)
-        vocoder = None
-        if "speech" in kinds:  # speak one unit first, so that what is missing for it shows before anything is made
+        needed, most = positions_needed(openings, plan), model.config.max_position_embeddings
+        if needed > most:
+            raise ValueError(f"prompt too long: {max(map(len, openings))} symbols, {needed} with those that --to and"
+                             f" --max_new add; the model has {most} positions")
+        if "speech" in kinds:  # speak one unit first, so that a missing part shows before anything is made
             from speech.units import resynthesise
             from speech.vocoder import load_vocoder
             vocoder = load_vocoder(c.vocoder, device) if c.vocoder else None

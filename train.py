@@ -4,12 +4,12 @@ Train a text-speech language model, stage by stage.
     python train.py config/train_tiny.py                          a tiny run that makes its own data: ten minutes
     torchrun --nproc_per_node=4 train.py config/train_150m.py     four GPUs
     python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100 --out_dir=out/mine
+    python train.py config/train_tiny.py --resume=true            go on from the newest checkpoint, exactly
 
-Settings: the values below, then the config file's, then those of --key=value. A run's folder holds settings.json (all
-of them), log.jsonl (a line per logged step), checkpoint-* (model, optimizer, place in the run), and at the end
-results.json and loss.png. `--resume=true` goes on from the newest checkpoint, exactly. SIGTERM, SIGUSR1 and Ctrl-C end
-a run after the step at hand, with a checkpoint. A step whose loss or gradient is not finite ends it too: the sequences
-are named, and no weight is changed.
+The settings are those below, as changed by the config file, as changed by --key=value. The folder of a run holds
+settings.json, log.jsonl (one line per logged step), checkpoint-* and, at the end, results.json and loss.png. SIGTERM,
+SIGUSR1 and Ctrl-C end a run after the present step, with a checkpoint. If a loss or gradient is not finite, the run
+names the sequences and ends, and no weight is changed.
 """
 import dataclasses
 import importlib
@@ -40,7 +40,6 @@ from model import (
     forward_flops,
     from_pretrained,
     is_new,
-    read_config,
     save_pretrained,
     selector_entropy,
 )
@@ -59,147 +58,183 @@ resume = False              # go on from the newest checkpoint in out_dir
 seed = 1                    # of the new weights and of all data
 log_interval = 10           # steps
 eval_interval = 500         # steps between held-out scores
-eval_sequences = 64         # held-out sequences of each kind
-eval_cloze_items = 100      # Topic-Cloze items scored along the way; the final table has all, and 4 x eval_sequences
+eval_sequences = 64         # held-out sequences of each kind; the final table uses four times as many
+eval_cloze_items = 100      # Topic-Cloze items during training; the final table uses all
 checkpoint_interval = 500   # steps
 keep_checkpoints = 2        # the newest ones stay
-keep_every = 0              # and those of every so many steps, 0: none
-wandb_project = ""          # log there too
-tensorboard = False         # and there, under out_dir
+keep_every = 0              # so do those of multiples of this step; 0: none
+wandb_project = ""          # log to this project of wandb too
+tensorboard = False         # log to TensorBoard too, in out_dir
 
-# the data (data.py says what a set is); a list of folders is drawn by size, a dict of folder -> weight by weight
-demo = ""                   # folder of the embedded default: made if it isn't there, and used for all not named below
+# the data. A list of folders is drawn in proportion to size, a dict {folder: weight} in proportion to the weights
+demo = ""                   # folder of the demo corpus: made if it is missing, and used for all data not named below
 tokenizer = ""              # a SmolLM-style tokenizer.json
 units = ""                  # folder of the speech units (units.json)
-text = []
-speech = []
-interleaved = []
-val_text = []
-val_speech = []
-val_interleaved = []
-cloze = ""                  # Topic-Cloze set for the final table
+text = []                   # data sets with text; data.py says what a data set is
+speech = []                 # data sets with speech
+interleaved = []            # paired data sets
+val_text = []               # held-out data sets with text
+val_speech = []             # held-out data sets with speech
+val_interleaved = []        # held-out paired data sets
+cloze = ""                  # Topic-Cloze set
 text_span = [10, 30]        # words of a text span in interleaved sequences, least and most
-speech_span = [5, 15]
-sequence_length = 2048
+speech_span = [5, 15]       # words of a speech span
+sequence_length = 2048      # tokens
 batch_tokens = 2**20        # tokens of one optimizer step, over all processes
 micro_batch = 8             # sequences of one forward pass
 
-# the model. init_from names a SmolLM folder: the shape of the backbone is then that folder's, not the one below
-init_from = ""
+# the model
+init_from = ""              # a SmolLM folder to start from; its shape then replaces that of the backbone below
 vocab_size = 0              # 0: the tokenizer's
-hidden_size = 576
-intermediate_size = 1536
-num_hidden_layers = 30
-num_attention_heads = 9
-num_key_value_heads = 3
-rope_theta = 100_000.0
-n_units = 0                 # 0: as many as the units folder says
-input_adapter_layers = 2
-output_adapter_layers = 2
+hidden_size = 576           # of the backbone, and of the adapters' layers
+intermediate_size = 1536    # of their MLPs
+num_hidden_layers = 30      # of the backbone
+num_attention_heads = 9     # of each layer
+num_key_value_heads = 3     # a divisor of num_attention_heads
+rope_theta = 100_000.0      # base of the rotary position embeddings
+n_units = 0                 # 0: as many as the units folder has
+input_adapter_layers = 2    # 0: none
+output_adapter_layers = 2   # 0: none
 layer_pooling = "dynamic"   # or "fixed", "last"
-residual = True
+residual = True             # add the embeddings to the pooled layers (Eq. 5)
 beta = 0.0                  # weight of the layer selector's entropy, which is rewarded (Eq. 6)
 
-# the stages: one after the other, each with a fresh optimizer
+# the stages, one after the other, each with a fresh optimizer
 #   mixture        parts of each kind of sequence, whole numbers
 #   train          "all", "new" (what SmolTolk adds; the backbone is frozen) or "text" (the backbone alone)
 #   learning_rate  of the backbone; speech_learning_rate of what is added (0: the same)
 #   warmup         steps in which the learning rate rises linearly
-#   decay          the last share of the steps, in which it falls linearly to 0; 0: it stays as it is
-stages = dict(
+#   decay          the last share of the steps, in which it falls linearly to 0; 0: it stays constant
+stages = dict(              # steps, mixture, train, learning rates, warm-up and decay of each stage; see train.py
     stage1=dict(steps=1000, mixture=dict(interleaved=1), train="new", speech_learning_rate=3e-3, warmup=100, decay=0.2),
     stage2=dict(steps=15000, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
 )
-beta1 = 0.9
-beta2 = 0.95
-weight_decay = 0.1          # on matrices
-grad_clip = 1.0
+beta1 = 0.9                 # of AdamW
+beta2 = 0.95                # of AdamW
+weight_decay = 0.1          # of matrices
+grad_clip = 1.0             # largest norm of the gradient; 1e9: no clipping
 
 # the machine
 device = "auto"             # "cuda", "cpu", "mps", or the best there is
 dtype = "auto"              # "bfloat16" (autocast) or "float32"; auto: bfloat16 where the hardware multiplies in it
 compile = False             # torch.compile
-recompute = False           # the MLPs' activations again in backward instead of keeping them: for large models
+recompute = False           # compute the MLPs' activations again in backward, which saves memory
 # ---------------------------------------------------------------------------------------------------------------------
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, float, str, list, dict))
             and not k.startswith("_")}
-# What a stage leaves out. A run goes on only with the same stages, so one from before a key was added cannot.
+# What a stage leaves out, and what lies where in the demo's folder:
 STAGE = dict(steps=0, mixture={}, train="all", learning_rate=3e-4, speech_learning_rate=0.0, warmup=0, decay=0.0)
 DEMO = dict(tokenizer="tokenizer.json", units="units", text="text", speech="paired", interleaved="paired",
-            val_text="val", val_speech="val", val_interleaved="val", cloze="cloze")  # what lies where in that folder
+            val_text="val", val_speech="val", val_interleaved="val", cloze="cloze")
+# What may change when a run is resumed. The contents of the training data are compared instead.
 MAY_CHANGE = {*DEMO, *("demo init_from device dtype compile recompute micro_batch log_interval "
               "eval_interval eval_sequences eval_cloze_items checkpoint_interval keep_checkpoints keep_every "
-              "wandb_project tensorboard").split()}  # when a run goes on. Of data, the contents are compared instead
+              "wandb_project tensorboard").split()}
+
+
+class Data(NamedTuple):
+    """All that a run reads, opened and checked."""
+    tokenizer: Tokenizer
+    train: dict               # {kind: data.Source}
+    held: dict                # the same, held out
+    cloze: DataSet | None
+    identity: dict            # {name of a set: [hash, share in its source, folder]}
+    files: dict               # {name: contents} of tokenizer.json and units.json, for checkpoints
+
+
+class Run(NamedTuple):
+    """What stays the same from the first step to the last."""
+    c: SimpleNamespace        # the settings
+    world: World
+    data: Data
+    about: dict               # settings and identity of the data, for train.json
+    log: Log
+    autocast: object
+    heard: list               # signals that ask the run to stop
+    resumed: Path             # the checkpoint that the run goes on from
+    unsaved: list             # why the last checkpoint could not be written, if so
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
-def train(run, model, place):
-    """Train all stages from `place` on, a dict {stage, step, total, tokens, flops, seconds} that is updated in place.
+def train(run, model, progress):
+    """Train all stages from `progress` on: a dict {stage, step, total, tokens, flops, seconds}, updated in place.
 
-    Returns whether a signal ended the run.
+    Its step counts within the stage, total over all stages. Returns whether a signal ended the run.
     """
     c, world, log = run.c, run.world, run.log
-    for number, (name, stage) in list(enumerate(c.stages.items()))[place["stage"]:]:
-        if number > place["stage"]:
-            place |= dict(stage=number, step=0)
+    for number, (name, stage) in list(enumerate(c.stages.items()))[progress["stage"]:]:
+        if number > progress["stage"]:
+            progress |= dict(stage=number, step=0)
         set_trainable(model, stage["train"])
         optimizer = make_optimizer(model, c)
-        if place["step"]:
+        if progress["step"]:
             load_optimizer(optimizer, model, run.resumed)
         net = distribute(model, world)
 
-        for step, batches in loader(run.data.train, stage, number, place["step"], c, model.config, world):
+        for step, batches in loader(run.data.train, stage, number, progress["step"], c, model.config, world):
             factor = schedule(step, stage)
             for group in optimizer.param_groups:
                 group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
-
-            # The loss is one mean over all targets of the step, however many processes and micro-batches share it.
-            n_text, n_speech = all_sum(count_targets(batches), world).tolist()
-            sums = torch.zeros(3, device=world.device)
-            for i, batch in enumerate(batches):
-                net.require_backward_grad_sync = i == len(batches) - 1  # DDP sends gradients once a step
-                batch = batch.apply(lambda tensor: tensor.to(world.device, non_blocking=True))
-                with run.autocast:
-                    out = net(batch.ids, batch.targets, batch.layout)
-                text_nll, speech_nll = out.text_nll.sum(), out.speech_nll.sum()
-                entropy = torch.zeros_like(text_nll)  # where there is no layer selector
-                if out.log_omega is not None:
-                    entropy = selector_entropy(out.log_omega, batch.layout.speech)
-                loss = (text_nll + speech_nll) / (n_text + n_speech) - c.beta * entropy / max(1, n_speech)  # Eqs. 2, 6
-                (loss * world.size).backward()  # DistributedDataParallel averages over processes; we want the sum
-                sums += torch.stack([text_nll, speech_nll, entropy]).detach()
-                del out, loss  # otherwise hidden states would live on into the next forward pass
+            sums, n_targets = add_gradients(net, batches, c.beta, run.autocast, world)
             norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
 
             norm, *sums = torch.stack([norm, *sums]).tolist()  # here the CPU waits for the GPU, once a step
             finite = bool(np.isfinite([norm, *sums]).all())
             broken, stop = (all_sum([not finite, len(run.heard)], world) > 0).tolist()
             if broken:
-                stop_not_finite(run, model, stage, number, place, [] if finite else batches)
+                stop_not_finite(run, model, stage, number, progress, [] if finite else batches)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=net is model)  # DistributedDataParallel sends them from where they are
+            optimizer.zero_grad(set_to_none=net is model)  # DDP keeps gradients in its buckets
 
             flops = step_flops(model.config, batches, stage) * world.size
-            place |= dict(step=step + 1, total=place["total"] + 1, tokens=place["tokens"] + c.batch_tokens,
-                          flops=place["flops"] + flops)
-            log.add(sums, (n_text, n_speech), norm, flops)
-            if is_due(c.log_interval, place, stage):
-                log.step(place, name, shown_rates(stage, factor))
+            progress |= dict(step=step + 1, total=progress["total"] + 1, tokens=progress["tokens"] + c.batch_tokens,
+                             flops=progress["flops"] + flops)
+            log.add(sums, n_targets, norm, flops)
+            if is_due(c.log_interval, progress, stage):
+                log.step(progress, name, shown_rates(stage, factor))
             paused = time.perf_counter()
-            if is_due(c.eval_interval, place, stage) and not stop:
+            if is_due(c.eval_interval, progress, stage) and not stop:
                 with run.autocast:
                     scores = held_out(model, run, c.eval_sequences, c.eval_cloze_items)
-                stop = scores is None  # a signal came meanwhile
+                stop = scores is None  # a signal came
                 if not stop:
-                    log.held_out(dict(step=place["total"], stage=name, **scores))
-            if is_due(c.checkpoint_interval, place, stage) or stop:
-                save_checkpoint(run, model, optimizer, place)
+                    log.held_out(dict(step=progress["total"], stage=name, **scores))
+            if is_due(c.checkpoint_interval, progress, stage) or stop:
+                save_checkpoint(run, model, optimizer, progress)
             log.leave_out(time.perf_counter() - paused)
             if stop:
                 return True
     return False
+
+
+def add_gradients(net, batches, beta, autocast, world):
+    """Add the gradients of one optimizer step's loss to those of the parameters.
+
+    net        the model, or the DistributedDataParallel around it
+    batches    the step's micro-batches of this process, on the CPU
+    beta       weight of the entropy bonus
+    Returns (sums, n_targets). sums [3]: text NLL, speech NLL and selector entropy in nats, summed over the targets of
+    this process. n_targets: how many text and speech targets the step has in all processes together.
+    """
+    # The loss is one mean over all targets of the step, no matter how processes and micro-batches divide them.
+    n_text, n_speech = all_sum(count_targets(batches), world).tolist()
+    sums = torch.zeros(3, device=world.device)
+    for i, batch in enumerate(batches):
+        net.require_backward_grad_sync = i == len(batches) - 1  # DDP sends gradients once a step
+        batch = batch.apply(lambda tensor: tensor.to(world.device, non_blocking=True))
+        with autocast:
+            out = net(batch.ids, batch.targets, batch.layout)
+        text_nll, speech_nll = out.text_nll.sum(), out.speech_nll.sum()
+        entropy = torch.zeros_like(text_nll)  # for a model without a layer selector
+        if out.log_omega is not None:
+            entropy = selector_entropy(out.log_omega, batch.layout.speech)
+        loss = (text_nll + speech_nll) / (n_text + n_speech) - beta * entropy / max(1, n_speech)  # Eqs. 2 and 6
+        (loss * world.size).backward()  # DDP averages gradients over processes, but we want their sum
+        sums += torch.stack([text_nll, speech_nll, entropy]).detach()
+        del out, loss  # otherwise the hidden states would stay in memory during the next forward pass
+    return sums, (n_text, n_speech)
 
 
 def schedule(step, stage):
@@ -210,14 +245,14 @@ def schedule(step, stage):
 
 
 def shown_rates(stage, factor):
-    """Learning rates of the backbone and of what is added; 0 for what is frozen."""
+    """Learning rates of the backbone and of the new modules; 0 for what is frozen."""
     return (factor * stage["learning_rate"] if stage["train"] != "new" else 0.0,
             factor * stage["speech_learning_rate"] if stage["train"] != "text" else 0.0)
 
 
-def is_due(interval, place, stage):
-    """Every so many steps of the run, and at the end of a stage."""
-    return place["total"] % interval == 0 or place["step"] == stage["steps"]
+def is_due(interval, progress, stage):
+    """True at multiples of an interval, and at the end of a stage."""
+    return progress["total"] % interval == 0 or progress["step"] == stage["steps"]
 
 
 def count_targets(batches):
@@ -227,7 +262,7 @@ def count_targets(batches):
 
 
 def step_flops(config, batches, stage):
-    """FLOPs of forward and backward on this process. Frozen weights need no gradient of their own."""
+    """FLOPs of forward and backward in this process. Frozen weights need no gradients."""
     total = 0
     for batch in batches:
         n_text, n_speech = count_targets([batch])
@@ -237,9 +272,9 @@ def step_flops(config, batches, stage):
 
 
 def held_out(model, run, n_sequences, cloze_items=None):
-    """Held-out scores, shared among processes: mean NLL in nats by kind; Topic-Cloze on cloze_items (None: all).
+    """Held-out scores, computed by all processes together: mean NLL in nats, and Topic-Cloze accuracy.
 
-    None if a signal has come to any process meanwhile.
+    cloze_items: how many Topic-Cloze items to score (None: all). Returns None if a process has received a signal.
     """
     c, world, heard, scores = run.c, run.world, run.heard, {}
     batch_tokens = c.micro_batch * c.sequence_length
@@ -252,38 +287,40 @@ def held_out(model, run, n_sequences, cloze_items=None):
         items = run.data.cloze.meta["documents"] // 3
         mine = range(world.rank, min(cloze_items or items, items), world.size)
         right = topic_cloze(model, run.data.cloze, batch_tokens, mine, heard)
-        if not all_sum([len(heard)], world).any():  # otherwise some processes lack some of it
+        if not all_sum([len(heard)], world).any():  # otherwise some processes have stopped early
             sums = report.cloze_sums(right)
             scores["topic_cloze"] = report.cloze_table(dict(zip(sums, all_sum(list(sums.values()), world).tolist())))
     model.train()
     return None if all_sum([len(heard)], world).any() else scores
 
 
-def stop_not_finite(run, model, stage, number, place, batches):
-    """End the run at a step that was not finite, and name the sequences.
+def stop_not_finite(run, model, stage, number, progress, batches):
+    """End the run, and name the sequences whose loss is not finite.
 
-    batches: the micro-batches of this process; none if its losses and gradients are finite
+    batches: this process's micro-batches; [] if its losses and gradients are finite
     """
-    named = []
+    step, bad = progress["total"] + 1, []
     for batch in batches:
         batch = batch.apply(lambda tensor: tensor.to(run.world.device))
         with run.autocast, torch.no_grad():
             out = model(batch.ids, batch.targets, batch.layout)
         for nll, positions in ((out.text_nll, batch.layout.text), (out.speech_nll, batch.layout.speech)):
             if positions is not None:
-                named += batch.index[(positions[~nll.isfinite()] // batch.ids.size(1)).unique().cpu().numpy()].tolist()
-    what = "the loss of {} is" if named else "each loss is finite, but the gradient of one of {} is"
-    if all_sum(len(named), run.world) > 0 and not named:
-        batches = []  # it was the loss of another process
-    named = sorted(set(named)) or sorted(i for batch in batches for i in batch.index.tolist())
-    if named:
-        names = ", ".join(describe(run.data.train, stage["mixture"], run.c.seed, number, np.array(named[:8])))
-        names += f" and {len(named) - 8} more" if len(named) > 8 else ""
-        print(f"step {place['total'] + 1}, rank {run.world.rank}: {what.format(names)} not finite", file=sys.stderr)
+                rows = positions[~nll.isfinite()] // batch.ids.size(1)
+                bad += batch.index[rows.unique().cpu().numpy()].tolist()
+    what = "the loss of {} is not finite"
+    if all_sum(len(bad), run.world) == 0:
+        what = "each loss is finite, but the gradient of one of {} is not finite"
+        bad = [i for batch in batches for i in batch.index.tolist()]
+    if bad:
+        bad = sorted(set(bad))
+        names = ", ".join(describe(run.data.train, stage["mixture"], run.c.seed, number, np.array(bad[:8])))
+        names += f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        print(f"step {step}, rank {run.world.rank}: {what.format(names)}", file=sys.stderr)
     if run.world.size > 1:
         torch.distributed.barrier()  # all have printed before torchrun ends the others
-    raise SystemExit(f"step {place['total'] + 1}: the loss or its gradient is not finite, and no weight was changed."
-                     " Go on from the checkpoint before it with a lower learning rate or without that data")
+    raise SystemExit(f"step {step}: the loss or its gradient is not finite, and no weight was changed. Go on from the"
+                     " checkpoint before it with a lower learning rate or without that data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +350,7 @@ def set_trainable(model, what):
 
 
 def make_optimizer(model, c):
-    """Fresh AdamW over what is trainable, in four groups: backbone or new; matrices, with weight decay, or the rest."""
+    """Fresh AdamW for what is trainable, in four groups: backbone or new; matrices (with weight decay) or not."""
     groups = []
     for new in (False, True):
         for matrix in (True, False):
@@ -332,16 +369,16 @@ def load_optimizer(optimizer, model, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# beginning, checkpoints, end
 
-def save_checkpoint(run, model, optimizer, place):
+def save_checkpoint(run, model, optimizer, progress):
     """Write checkpoint-<step>: weights, tokenizer.json, units.json, optimizer.safetensors and train.json.
 
-    If the disk is full, training goes on and the next one is tried; run.unsaved then says what was wrong.
+    If the disk is full, training goes on, and run.unsaved says what was wrong until a later checkpoint is written.
     """
     if run.world.rank != 0:
         return
-    folder = Path(run.c.out_dir) / f"checkpoint-{place['total']:08d}"
+    folder = Path(run.c.out_dir) / f"checkpoint-{progress['total']:08d}"
     names = {p: name for name, p in model.named_parameters()}
     moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
     run.unsaved.clear()
@@ -351,7 +388,7 @@ def save_checkpoint(run, model, optimizer, place):
             for name, contents in run.data.files.items():
                 (new / name).write_bytes(contents)
             save_file(moments, new / "optimizer.safetensors")
-            (new / "train.json").write_text(json.dumps(dict(place=place, **run.about), indent=1))
+            (new / "train.json").write_text(json.dumps(dict(place=progress, **run.about), indent=1))
         checkpoint.prune(run.c.out_dir, run.c.keep_checkpoints, run.c.keep_every)
     except (OSError, SafetensorError) as error:
         run.unsaved.append(f"{folder}: could not be written ({error}); the checkpoint before it is whole; make room")
@@ -359,25 +396,25 @@ def save_checkpoint(run, model, optimizer, place):
 
 
 def begin(c, world, tokenizer, about):
-    """(model, place, the checkpoint gone on from, {what has changed since: [was, is]}).
+    """(model, progress, the checkpoint to go on from, {what has changed since: [was, is]}).
 
-    A fresh run, or the newest good checkpoint's. A run that is there already is never overwritten. When torchrun starts
-    all processes again because one of them has died, they go on from it.
+    They are those of the newest good checkpoint, on --resume=true and when torchrun restarts all processes because one
+    has died; otherwise those of a fresh run. A fresh run never overwrites another.
     """
     restarted = all_sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), world) > 0
 
     def choose():
-        """{folder, place, changed}, decided by the first process."""
-        there = len(checkpoint.checkpoints(c.out_dir)) > 0
-        if there and not (c.resume or restarted):
+        """{folder, progress, changed}, decided by the first process."""
+        has_checkpoints = len(checkpoint.checkpoints(c.out_dir)) > 0
+        if has_checkpoints and not (c.resume or restarted):
             raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
-        if c.resume and not there:
+        if c.resume and not has_checkpoints:
             raise SystemExit(f"{c.out_dir}: no checkpoint to go on from; leave --resume out")
-        if not there and (Path(c.out_dir) / "results.json").exists():
+        if not has_checkpoints and (Path(c.out_dir) / "results.json").exists():
             raise SystemExit(f"{c.out_dir}: holds the results of a run without its checkpoints; set another --out_dir")
-        checkpoint.clean(c.out_dir)
-        if not there:
-            return dict(folder="", place=None, changed={})
+        if not has_checkpoints:
+            checkpoint.clean(c.out_dir)
+            return dict(folder="", progress=None, changed={})
         folder, bad = checkpoint.newest(c.out_dir)
         if folder is None:
             raise SystemExit(f"{c.out_dir}: no checkpoint can be opened; set another --out_dir")
@@ -386,95 +423,109 @@ def begin(c, world, tokenizer, about):
         if refused:
             lines = "; ".join(f"{key}={was!r}, not {now!r}" for key, (was, now) in refused.items())
             raise SystemExit(f"{c.out_dir}: was trained with {lines}; resume with the same, or set another --out_dir")
-        checkpoint.set_aside(bad)
+        checkpoint.clean(c.out_dir, bad)
         checkpoint.prune(c.out_dir, c.keep_checkpoints, c.keep_every)
-        return dict(folder=str(folder), place=saved["place"], changed=changed)
+        return dict(folder=str(folder), progress=saved["place"], changed=changed)
 
     chosen = on_first(choose, world)
+    model = from_pretrained(chosen["folder"]) if chosen["folder"] else build_model(c, tokenizer)
+    progress = chosen["progress"] or dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
+    return model.to(world.device), progress, Path(chosen["folder"]), chosen["changed"]
+
+
+def finish(run, model, progress, started):
+    """The final table, in fp32: results.json, the terminal, and the curves. False if a signal came before."""
+    c, scores = run.c, held_out(model, run, 4 * run.c.eval_sequences)
+    if scores is None or run.world.rank != 0:
+        return scores is not None
+    run.log.bar.close()
+    results = dict(config=Path(c.out_dir).name, seed=c.seed, steps=progress["total"], tokens=progress["tokens"],
+                   flops=progress["flops"], training_seconds=progress["seconds"], **scores,
+                   seconds=time.perf_counter() - started)
+    replace_file(Path(c.out_dir) / "results.json", json.dumps(results, indent=1))
+    importlib.import_module("tools.figures").loss_curves(c.out_dir)  # imported here, because matplotlib takes long
+    print(report.as_text(results))
+    print(f"{results['seconds'] / 60:.1f} minutes; {c.out_dir}/results.json, loss.png, log.jsonl")
+    return True
+
+
+@record  # torchrun then shows the first error of all
+def main(argv):
+    settings, name = configure(DEFAULTS, argv, complete_stages)
+    reuse_memory()
+    world, started = join_world(settings["device"]), time.perf_counter()
+    c = check_settings(settings, name, world)
     try:
-        model = from_pretrained(chosen["folder"]) if chosen["folder"] else build_model(c, tokenizer)
-    except ValueError as error:  # says which file and what
+        data = open_data(c, world)
+        about = json.loads(json.dumps(dict(settings=vars(c), data=data.identity)))  # as it comes back from train.json
+        model, progress, resumed, changed = begin(c, world, data.tokenizer, about)
+        check_cloze(data.cloze, model.config.max_position_embeddings)
+    except ValueError as error:  # of a reader; it says which file and what is wrong
         raise SystemExit(str(error)) from None
-    place = chosen["place"] or dict(stage=0, step=0, total=0, tokens=0, flops=0, seconds=0.0)
-    return model.to(world.device), place, Path(chosen["folder"]), chosen["changed"]
+    dtype = pick_dtype(c.dtype, world.device)
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+    model.apply(lambda module: setattr(module, "recompute", c.recompute))  # the MLPs look at it
+    if c.compile:
+        model.compiled_read = torch.compile(model.read)
+    if world.rank == 0:
+        replace_file(Path(c.out_dir) / "settings.json", json.dumps(vars(c), indent=1))
+        text_size, new_size = count_parameters(model)
+        print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"
+              f" {world.device.type} in {str(dtype).removeprefix('torch.')}")
+    with checkpoint.listen() as heard:
+        run = Run(c, world, data, about, Log(c, world, progress), autocast, heard, resumed, [])
+        run.log.changed(dict(step=progress["total"], stage=list(c.stages)[progress["stage"]], changed=changed))
+        stopped = train(run, model, progress) or not finish(run, model, progress, started)
+    if run.unsaved:
+        raise SystemExit(run.unsaved[0])
+    if stopped and world.rank == 0:
+        print(f"{', '.join(heard) or 'a signal'}: stopped after step {progress['total']}; go on with\n"
+              f"  {checkpoint.resume_command(argv)}")
+    leave_world()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings and data, all checked before the first step
-
-class Data(NamedTuple):
-    """All that a run reads, opened and checked."""
-    tokenizer: Tokenizer
-    train: dict               # {kind: data.Source}
-    held: dict                # the same, held out
-    cloze: DataSet | None
-    identity: dict            # {what: [hash, share of it, folder]}
-    files: dict               # {name: contents} of tokenizer.json and units.json, as they were read
-
-
-class Run(NamedTuple):
-    """What stays the same from the first step to the last."""
-    c: SimpleNamespace        # the settings
-    world: World
-    data: Data
-    about: dict               # settings and identity of the data, for train.json
-    log: Log
-    autocast: object
-    heard: list               # signals that ask to stop
-    resumed: Path             # the checkpoint that was gone on from
-    unsaved: list             # why the last checkpoint could not be written, if so
-
+# data and settings, checked before the first step
 
 def open_data(c, world):
-    """Open all data. Derives vocab_size and n_units, and makes the demo corpus if it is asked for. SystemExit."""
+    """Open all data -> Data. Fills in c.vocab_size and c.n_units, and makes the demo corpus. SystemExit, ValueError."""
+    if not c.tokenizer:  # not even the demo corpus is named
+        raise SystemExit("tokenizer: not set; name a config, for example: python train.py config/train_tiny.py")
     if c.demo:
-        on_first(lambda: importlib.import_module("corpora.demo").make(c.demo), world)  # returns at once if it is there
-    tokenizer = Tokenizer(c.tokenizer)
+        on_first(lambda: importlib.import_module("corpora.demo").make(c.demo), world)  # returns at once if it exists
+    tokenizer, units, units_json = Tokenizer(c.tokenizer), {}, Path(c.units) / "units.json"
     files = {"tokenizer.json": Path(c.tokenizer).read_bytes()}
-    units = {}
     if c.units:
-        try:
-            units = read_json(Path(c.units) / "units.json")
-        except ValueError as error:
-            raise SystemExit(f"{error}; set --units to the units' folder") from None
-        files["units.json"] = (Path(c.units) / "units.json").read_bytes()
+        units, files["units.json"] = read_json(units_json), units_json.read_bytes()
     c.vocab_size, c.n_units = c.vocab_size or tokenizer.vocab_size, c.n_units or units.get("n_units", 0)
     if not c.n_units:
         raise SystemExit("n_units: not known; set --units to the folder of the speech units, or --n_units")
     if units.get("n_units", c.n_units) != c.n_units:
-        raise SystemExit(f"n_units={c.n_units}: {c.units}/units.json has {units['n_units']}; leave --n_units out")
+        raise SystemExit(f"n_units={c.n_units}: {units_json} has {units['n_units']}; leave --n_units out")
     if tokenizer.vocab_size > c.vocab_size:
         raise SystemExit(f"{c.tokenizer}: {tokenizer.vocab_size} ids, vocab_size={c.vocab_size} cannot hold them")
-    made_with, length = (tokenizer.hash, units.get("hash")), c.sequence_length + 1
+
+    hashes, length = (tokenizer.hash, units.get("hash")), c.sequence_length + 1
     kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
-    train = {kind: open_source(kind, getattr(c, kind), *made_with, length) for kind in sorted(kinds)}
-    held = {kind: open_source(kind, getattr(c, f"val_{kind}"), *made_with, length)
+    train = {kind: open_source(kind, getattr(c, kind), *hashes, length) for kind in sorted(kinds)}
+    held = {kind: open_source(kind, getattr(c, f"val_{kind}"), *hashes, length)
             for kind in ("text", "speech", "interleaved") if getattr(c, f"val_{kind}")}
-    cloze = open_set(c.cloze, *made_with) if c.cloze else None
+    cloze = open_set(c.cloze, *hashes) if c.cloze else None
     sources = train | {f"val_{kind}": source for kind, source in held.items()}
-    sources |= {"cloze": Source([cloze], np.ones(1))} if cloze else {}
+    if cloze:
+        sources["cloze"] = Source([cloze], np.ones(1))
     for source in sources.values():
         for shard in source.shards:
             if (n_units := shard.meta.get("speech", {}).get("n_units", c.n_units)) != c.n_units:
                 raise DataError(f"{shard.folder}: {n_units} units, the model has {c.n_units}; set --units to those"
                                 " that it was made with")
-    if cloze:
-        check_cloze(cloze, positions_of_model(c))
-    return Data(tokenizer, train, held, cloze, checkpoint.identify(sources, tokenizer.hash, units.get("hash")), files)
-
-
-def positions_of_model(c):
-    """How many symbols the model can read at once."""
-    if not c.init_from:
-        return max(2048, c.sequence_length)
-    try:
-        return read_config(c.init_from).max_position_embeddings
-    except ValueError as error:  # says which file and what
-        raise SystemExit(str(error)) from None
+    return Data(tokenizer, train, held, cloze, checkpoint.identify(sources, *hashes), files)
 
 
 def check_cloze(cloze, positions):
-    """DataError for a Topic-Cloze set that could not be scored, which would else be found after the training."""
+    """DataError for a Topic-Cloze set that a model with so many positions could not score after hours of training."""
+    if cloze is None:
+        return
     if cloze.meta["kind"] != "paired" or cloze.meta["documents"] % 3:
         raise DataError(f"{cloze.folder}: a cloze set is a paired set with its documents in threes")
     sizes = [np.diff(words[cloze.documents]) - 1 for words in (cloze.text_words, cloze.speech_words)]  # without EOS
@@ -485,7 +536,7 @@ def check_cloze(cloze, positions):
 
 
 def complete_stages(settings):
-    """Fill in what a stage leaves out, and refuse what no stage knows or takes."""
+    """Fill in what stages leave out, and refuse unknown keys and wrong types."""
     for name, stage in settings["stages"].items():
         if not isinstance(stage, dict):
             raise SystemExit(f"stages.{name}={stage!r}: a stage is a dict of {', '.join(STAGE)}")
@@ -497,42 +548,33 @@ def complete_stages(settings):
 
 
 def check_settings(settings, name, world):
-    """Complete derived values and refuse what cannot work. Returns the settings as a namespace."""
+    """Fill in derived values, and refuse settings that would spoil a run. Returns the settings as a namespace."""
     c = SimpleNamespace(**settings)
     c.out_dir = c.out_dir or f"out/{name}"
-    for key, place in DEMO.items() if c.demo else ():
-        path = f"{c.demo}/{place}"
+    for key, file in DEMO.items() if c.demo else ():
+        path = f"{c.demo}/{file}"
         setattr(c, key, getattr(c, key) or ([path] if isinstance(getattr(c, key), list) else path))
     if not c.stages:
         raise SystemExit("stages: empty; name at least one")
     for s, stage in c.stages.items():
         check_stage(s, stage)
         stage["speech_learning_rate"] = stage["speech_learning_rate"] or stage["learning_rate"]
-    for key in ("sequence_length micro_batch batch_tokens log_interval eval_interval checkpoint_interval eval_sequences"
-                " keep_checkpoints num_hidden_layers num_attention_heads num_key_value_heads").split():
-        if getattr(c, key) < 1:
-            raise SystemExit(f"{key}={getattr(c, key)}: give 1 or more")
-    for key in "input_adapter_layers output_adapter_layers eval_cloze_items beta weight_decay keep_every".split():
-        if getattr(c, key) < 0:
-            raise SystemExit(f"{key}={getattr(c, key)}: give 0 or more")
-    if c.grad_clip <= 0:
-        raise SystemExit(f"grad_clip={c.grad_clip}: give a positive norm, 1e9 for none")
+    at_least_one = ("sequence_length", "micro_batch", "batch_tokens", "log_interval", "eval_interval",
+                    "eval_sequences", "checkpoint_interval", "keep_checkpoints")
+    limits = dict.fromkeys(at_least_one, (1, np.inf)) | dict(
+        eval_cloze_items=(0, np.inf), keep_every=(0, np.inf), beta=(0, np.inf), weight_decay=(0, np.inf),
+        grad_clip=(1e-9, np.inf), beta1=(0, 1), beta2=(0, 1), seed=(0, 1 << 63))
+    for key, (least, end) in limits.items():
+        if not least <= getattr(c, key) < end:
+            raise SystemExit(f"{key}={getattr(c, key)}: give {least} or more, and less than {end}")
     check_spans(c)
     sequences, rest = divmod(c.batch_tokens, c.sequence_length)
-    if rest or sequences % world.size or sequences == 0:
+    if rest or sequences % world.size:
         raise SystemExit(f"batch_tokens={c.batch_tokens} is not a whole number of sequences of {c.sequence_length} for"
                          f" each of {world.size} processes; set --batch_tokens to a multiple of"
                          f" {c.sequence_length * world.size}")
     if c.dtype not in ("auto", "bfloat16", "float32"):
         raise SystemExit(f"dtype={c.dtype}: choose auto, bfloat16 or float32")
-    for key, value in vars(c).items():
-        if isinstance(value, float) and not np.isfinite(value):
-            raise SystemExit(f"{key}={value}: give a finite number")
-    if not (0 <= c.beta1 < 1 and 0 <= c.beta2 < 1 and 0 <= c.seed < 1 << 63):
-        raise SystemExit(f"beta1={c.beta1}, beta2={c.beta2}, seed={c.seed}: from 0 to less than 1; a seed of 0 or more")
-    for asked, package in ((c.wandb_project, "wandb"), (c.tensorboard, "tensorboard")):
-        if asked and not importlib.util.find_spec(package):
-            raise SystemExit(f"{package} is not installed: pip install {package}, or leave it out")
     return c
 
 
@@ -542,59 +584,9 @@ def check_stage(name, stage):
             raise SystemExit(f"stages.{name}.mixture: {kind}={parts!r}; give text, speech, interleaved in whole parts")
     if not stage["mixture"] or stage["train"] not in ("all", "new", "text"):
         raise SystemExit(f"stages.{name}: needs a mixture, and train is 'all', 'new' or 'text', not {stage['train']!r}")
-    if stage["steps"] < 1 or stage["warmup"] < 0 or not 0 <= stage["decay"] <= 1 or not (
-            0 <= stage["learning_rate"] < np.inf and 0 <= stage["speech_learning_rate"] < np.inf):
+    rates = stage["learning_rate"], stage["speech_learning_rate"]
+    if stage["steps"] < 1 or stage["warmup"] < 0 or not 0 <= stage["decay"] <= 1 or not 0 <= min(rates) < np.inf:
         raise SystemExit(f"stages.{name}: give steps of 1 or more, warmup and learning rates of 0 or more, decay 0..1")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-@record  # torchrun then shows the first error of all
-def main(argv):
-    settings, name = configure(DEFAULTS, argv, complete_stages)
-    reuse_memory()
-    world, started = join_world(settings["device"]), time.perf_counter()
-    c = check_settings(settings, name, world)
-    opened = open_data(c, world)
-    about = json.loads(json.dumps(dict(settings=vars(c), data=opened.identity)))  # as train.json will have it
-    model, place, resumed, changed = begin(c, world, opened.tokenizer, about)
-    dtype = pick_dtype(c.dtype, world.device)
-    autocast = torch.autocast(world.device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
-    model.apply(lambda module: setattr(module, "recompute", c.recompute))  # MLPs look at it
-    if c.compile:
-        model.compiled_read = torch.compile(model.read)
-    if world.rank == 0:
-        replace_file(Path(c.out_dir) / "settings.json", json.dumps(vars(c), indent=1))
-        text_size, new_size = count_parameters(model)
-        print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"
-              f" {world.device.type} in {str(dtype).removeprefix('torch.')}")
-    with checkpoint.listen() as heard:
-        run = Run(c, world, opened, about, Log(c, world, place), autocast, heard, resumed, [])
-        run.log.changed(dict(step=place["total"], stage=list(c.stages)[place["stage"]], changed=changed))
-        stopped = train(run, model, place)
-        stopped = stopped or not finish(run, model, place, started)
-    if run.unsaved:
-        raise SystemExit(run.unsaved[0])
-    if stopped and world.rank == 0:
-        print(f"{', '.join(heard) or 'a signal'}: stopped after step {place['total']}; go on with\n"
-              f"  {checkpoint.resume_command(argv)}")
-    leave_world()
-
-
-def finish(run, model, place, started):
-    """The final table, in fp32: results.json, and on the terminal; the curves. False if a signal came before."""
-    c, scores = run.c, held_out(model, run, 4 * run.c.eval_sequences)
-    if scores is None or run.world.rank != 0:
-        return scores is not None
-    run.log.bar.close()
-    results = dict(config=Path(c.out_dir).name, seed=c.seed, steps=place["total"], tokens=place["tokens"],
-                   flops=place["flops"], training_seconds=place["seconds"], **scores,
-                   seconds=time.perf_counter() - started)
-    replace_file(Path(c.out_dir) / "results.json", json.dumps(results, indent=1))
-    importlib.import_module("tools.figures").loss_curves(c.out_dir)  # here, because matplotlib takes long to import
-    print(report.as_text(results))
-    print(f"{results['seconds'] / 60:.1f} minutes; {c.out_dir}/results.json, loss.png, log.jsonl")
-    return True
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ def read(folder):
         for number, line in enumerate(read_text(file).removesuffix("\n").split("\n"), 1):
             record = parse_json(line, f"{file}:{number}", dict)
             for key in KEYS.values():
-                if not isinstance(record.get(key), str) or not record[key].isprintable():
-                    raise ValueError(f"{file}:{number}: not an item of BLiMP ({key} is no line of text)")
-                if not record[key].strip():
-                    raise ValueError(f"{file}:{number}: empty sentence: {key}")
+                value = record.get(key)
+                if not isinstance(value, str) or not value.strip() or not value.isprintable():
+                    raise ValueError(f"{file}:{number}: not an item of BLiMP ({key} is not a line of text)")
             items.append({name: record[key] for name, key in KEYS.items()})
     return items
 
@@ -29,10 +28,10 @@ def score(evaluator, folder, protocol):
     """Accuracy over all pairs, by field, by phenomenon and by paradigm."""
     pairs = read(folder)
     evaluator.used += sorted(Path(folder).glob("*.jsonl"))
-    start = [evaluator.tokenizer.eos] if protocol["bos"] else []
+    encode, start = evaluator.tokenizer.encode, [evaluator.tokenizer.eos] if protocol["bos"] else []
     sequences = []
     for pair in pairs:
-        sequences += [start + evaluator.tokenizer.encode(pair["good"]), start + evaluator.tokenizer.encode(pair["bad"])]
+        sequences += [start + encode(pair["good"]), start + encode(pair["bad"])]
     spans = [(1, len(sequence)) for sequence in sequences]
     total, count = evaluator.log_likelihood(sequences, spans, candidates=2)
 

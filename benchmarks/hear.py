@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from runtime.checkpoint import made_with
 from runtime.distributed import all_sum
 from runtime.files import digest, read_array
 
@@ -17,78 +18,69 @@ def fingerprint(files):
     return dict(number=len(lines), sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest())
 
 
+def check_units(units, folder):
+    """ValueError if the checkpoint in a folder was trained with other units than those in the folder `units`."""
+    from speech.units import read_vocabulary
+
+    wanted = made_with(folder)[1]
+    if wanted not in (None, read_vocabulary(units)[0]["hash"]):
+        raise ValueError(f"{units}: not the units that {folder} was trained with ({wanted}); set --units=FOLDER")
+
+
 def hear_files(evaluator, files):
     """The units of sound files in the model's id space, one list of ids per file.
 
-    They are kept in settings.cache, under a name made of the hashes of the units and of all files. The work is shared
-    among the processes. ValueError names a file that cannot be used.
+    They are kept in settings.cache as one array, in which n_units ends each file. Its name is made of the hashes of all
+    files and of the units. The work is shared among the processes. ValueError names a file that cannot be used.
     """
     world, config = evaluator.world, evaluator.model.config
     evaluator.used += files
     digests = {file: digest(file) for file in set(files)}
     in_order = sorted(digests, key=digests.get)  # an order that does not depend on where the files lie
-    name = f"{fingerprint(in_order)['sha256'][:16]}-{str(evaluator.made_with[1])[:16]}"
-    paths = [Path(evaluator.settings.cache) / f"{name}.{part}.npy" for part in ("ids", "offsets")]
-    processes_with_both = all_sum(float(all(path.exists() for path in paths)), world)
-    if processes_with_both == world.size:
-        units, offsets = read_kept(paths, len(in_order), config.n_units)
+    name = f"{fingerprint(in_order)['sha256'][:16]}-{str(evaluator.made_with[1])[:16]}.npy"
+    kept = Path(evaluator.settings.cache) / name
+    if all_sum(float(kept.exists()), world) == world.size:
+        units = np.array(read_array(kept))
     else:
-        units, offsets = listen(evaluator, in_order)
+        units = listen(evaluator, in_order)
         if world.rank == 0:
-            keep(paths, units, offsets)
-    for file, n in zip(in_order, np.diff(offsets)):
-        if n == 0:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = kept.with_suffix(f".{os.getpid()}.npy")  # another evaluation may be writing the same file
+            np.save(unfinished, units)
+            os.replace(unfinished, kept)
+    ends = np.flatnonzero(units == config.n_units)
+    if units.dtype != np.uint16 or units.max() > units[-1] or len(ends) != len(in_order):
+        raise ValueError(f"{kept}: not the units of these files; remove it, they will be made again")
+    by_file = dict(zip(in_order, np.split(units.astype(np.int64) + config.vocab_size, ends + 1)))
+    for file, ids in by_file.items():
+        if len(ids) == 1:
             raise ValueError(f"{file}: too short for a single unit")
-    ids = (units.astype(np.int64) + config.vocab_size).tolist()
-    by_file = {file: ids[start:end] for file, start, end in zip(in_order, offsets, offsets[1:])}
-    return [by_file[file] for file in files]
+    return [by_file[file][:-1].tolist() for file in files]
 
 
 def listen(evaluator, files):
-    """(units of all files in one array uint16, offsets int64 [files + 1])."""
+    """The units of all files in one array, uint16, with n_units after each file."""
     from speech.audio import read_audio
     from speech.units import load_units
 
-    world, folder = evaluator.world, evaluator.settings.units
-    if not folder:
+    world, end = evaluator.world, evaluator.model.config.n_units
+    if not evaluator.settings.units:
         raise ValueError("units: the folder of speech units is needed for wavs; set --units=FOLDER")
-    vocabulary = load_units(folder, str(world.device))
+    vocabulary = load_units(evaluator.settings.units, str(world.device))
     if vocabulary.hash != evaluator.made_with[1]:
-        raise ValueError(f"{folder}: units {vocabulary.hash}, the model has {evaluator.made_with[1]}")
-
-    heard, mine = {}, range(world.rank, len(files), world.size)
+        raise ValueError(f"{evaluator.settings.units}: units {vocabulary.hash}, the model has {evaluator.made_with[1]}")
+    heard, sizes, mine = {}, np.zeros(len(files)), range(world.rank, len(files), world.size)
     for start in tqdm(range(0, len(mine), 32), "hearing", leave=False, disable=None if world.rank == 0 else True):
         batch = mine[start:start + 32]
         waves = [read_audio(files[i]) for i in batch]
         with torch.autocast(world.device.type, enabled=False):  # units are made in fp32, as in the data
             for i, (units, _) in zip(batch, vocabulary.encode(waves)):
-                heard[i] = units
+                heard[i] = [*units, end]
+                sizes[i] = len(heard[i])
 
     # Each process fills in what it has heard and leaves zeros elsewhere. The sum over processes is the whole.
-    sizes = np.zeros(len(files))
+    ends = np.cumsum(all_sum(sizes, world).numpy()).astype(np.int64)
+    flat = np.zeros(ends[-1])
     for i, units in heard.items():
-        sizes[i] = len(units)
-    offsets = np.cumsum([0, *all_sum(sizes, world).tolist()]).astype(np.int64)
-    flat = np.zeros(offsets[-1])
-    for i, units in heard.items():
-        flat[offsets[i]:offsets[i + 1]] = units
-    return all_sum(flat, world).numpy().astype(np.uint16), offsets
-
-
-def keep(paths, units, offsets):
-    """Write both arrays. Another process may be writing the same files, so each is renamed when it is whole."""
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for path, array in zip(paths, (units, offsets)):
-        temporary = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(temporary, array)
-        os.replace(temporary, path)
-
-
-def read_kept(paths, n_files, n_units):
-    """What `keep` has written. ValueError if these cannot be the units of so many files."""
-    units, offsets = (np.array(read_array(path)) for path in paths)
-    fits = (units.dtype == np.uint16 and units.max(initial=0) < n_units and offsets.shape == (n_files + 1,) and
-            (offsets[0], offsets[-1]) == (0, len(units)) and (np.diff(offsets) >= 0).all())
-    if not fits:
-        raise ValueError(f"{paths[0]}: not the units of these files; remove it, they will be made again")
-    return units, offsets
+        flat[ends[i] - len(units):ends[i]] = units
+    return all_sum(flat, world).numpy().astype(np.uint16)

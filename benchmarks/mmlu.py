@@ -15,14 +15,12 @@ def read(path):
     The file has the columns subject, question, A, B, C, D and answer, which holds the letter or the index.
     ValueError names file and item.
     """
-    items = []
-    for number, (_, row) in enumerate(read_csv(path, ("subject", "question", *"ABCD", "answer")), 1):
+    items, columns = [], ("subject", "question", *"ABCD", "answer")
+    for number, (_, row) in enumerate(read_csv(path, columns), 1):
         answer = row["answer"].strip()
-        if answer not in [*"ABCD", *"0123"]:
-            raise ValueError(f"{path}: item {number}: not an item of MMLU (answer {answer[:60]!r}: not A to D)")
-        for key in ("subject", "question", *"ABCD"):
-            if not row[key].strip():
-                raise ValueError(f"{path}: item {number}: empty {key}")
+        if answer not in [*"ABCD0123"] or not all(row[key].strip() for key in columns):
+            raise ValueError(f"{path}: item {number}: not an item of MMLU; its answer is {answer[:60]!r}, and it needs"
+                             f" A to D and no empty field")
         items.append(dict(subject=row["subject"], question=row["question"], choices=[row[key] for key in "ABCD"],
                           answer="ABCD0123".index(answer) % 4))
     return items
@@ -49,13 +47,11 @@ def score(evaluator, path, protocol):
 
     scores = total.reshape(-1, 4)  # [items, choices]
     characters = np.array([[len(choice) for choice in item["choices"]] for item in items])
-    answer = np.array([item["answer"] for item in items])
-    subjects = [item["subject"] for item in items]
-    right = {"acc_norm": best_is(scores / characters, answer, protocol["ties"]),
-             "acc": best_is(scores, answer, protocol["ties"])}
+    answer, subjects = np.array([item["answer"] for item in items]), [item["subject"] for item in items]
     result, arrays = dict(cut_questions=cut), {}
-    for name, answers in right.items():
-        result[name] = over_groups(answers, subjects)
-        result[f"{name}_by_subject"] = by_group(answers, subjects)
-        arrays[f"{name}.right"] = answers
+    for name, measure in (("acc_norm", scores / characters), ("acc", scores)):
+        right = best_is(measure, answer, protocol["ties"])
+        result[name] = over_groups(right, subjects)
+        result[f"{name}_by_subject"] = by_group(right, subjects)
+        arrays[f"{name}.right"] = right
     return result, arrays | dict(total=scores, tokens=count)

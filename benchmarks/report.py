@@ -1,4 +1,4 @@
-"""What scores come to: means, standard errors and tests; the table for the terminal; the paper's Table 7 with ours."""
+"""What scores come to: means, standard errors, tests, the table for the terminal, and the paper's Table 7 with ours."""
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 
 from runtime.files import read_array, read_json
 
-TABLE_7 = Path(__file__).resolve().parent.parent / "assets/table7.csv"  # Ø: no such modality; –: not reported
+TABLE_7 = Path(__file__).resolve().parent.parent / "assets/table7.csv"
 COLOURS = {"T": "#0072B2", "S": "#D55E00", "T->S": "#E69F00", "S->T": "#009E73"}  # Okabe and Ito's
 SETTINGS = tuple(COLOURS)  # modality of the context -> modality of the ending
 OTHER_MEASURE = {"sum": "mean", "mean": "sum"}
@@ -20,7 +20,8 @@ def best_is(scores, answer, ties="share"):
 
     scores   [n, candidates]
     answer   an index, or one for each row
-    ties     among k best candidates: "share" (1/k if the answer is one of them), "wrong" (0), "first" (the first wins)
+    ties     if k candidates are the best: "share" (1/k if the answer is one of them), "wrong" (0), "first" (the first
+             of them is chosen)
     """
     answer = np.broadcast_to(answer, len(scores))
     best = scores == scores.max(1, keepdims=True)  # [n, candidates]
@@ -58,7 +59,7 @@ def cloze_table(sums):
 
 def accuracy(right):
     """{accuracy and its standard error in percent, items} of answers between 0 and 1, float64 [n]."""
-    return cloze_table({"": (float(np.sum(right)), float(np.sum(np.square(right))), len(right))})[""]
+    return cloze_table(cloze_sums({"": right}))[""]
 
 
 def by_group(right, groups):
@@ -68,7 +69,7 @@ def by_group(right, groups):
 
 
 def over_groups(right, groups):
-    """{accuracy, stderr, items, groups}: the unweighted mean over groups. Only items are seen as drawn at random."""
+    """{accuracy, stderr, items, groups}: the unweighted mean over groups. stderr treats only items as random."""
     rows = by_group(right, groups).values()
     mean = float(np.mean([row["accuracy"] for row in rows]))
     stderr = float(np.sum([row["stderr"] ** 2 for row in rows]) ** 0.5 / len(rows))
@@ -79,11 +80,8 @@ def nll_table(sums):
     """{kind: {text: nats per token, speech: nats per unit}} from evaluate.heldout_nll's sums."""
     table = {}
     for kind, (text, speech, n_text, n_speech) in sums.items():
-        table[kind] = {}
-        if n_text:
-            table[kind]["text"] = float(text / n_text)
-        if n_speech:
-            table[kind]["speech"] = float(speech / n_speech)
+        found = dict(text=(text, n_text), speech=(speech, n_speech))
+        table[kind] = {stream: float(total / n) for stream, (total, n) in found.items() if n}
     return table
 
 
@@ -93,23 +91,23 @@ def nll_table(sums):
 def compare(ours, theirs, seed=1, resamples=10_000):
     """Do two models differ on the same items? ours, theirs: float64 [items] -> {difference, p (two-sided), test, ...}.
 
-    Where every item is right or wrong: the exact McNemar test, which is a binomial test on the items that only one
-    model has right. For other scores (ties, means over voices, NLLs): a bootstrap over items of the mean difference,
+    If every item is right or wrong, this is the exact McNemar test: a binomial test on the items that only one model
+    has right. For other scores (ties, means over voices, NLLs) it is a bootstrap over items of the mean difference,
     shifted to the null hypothesis.
     """
     difference = ours - theirs
+    mean, n = float(difference.mean()), len(difference)
     if np.isin([ours, theirs], (0, 1)).all():
         only_first, only_second = int((difference > 0).sum()), int((difference < 0).sum())
-        n = only_first + only_second
-        p = float(binomtest(only_first, n).pvalue) if n else 1.0
-        return dict(difference=float(difference.mean()), p=p, test="McNemar", only_first=only_first,
-                    only_second=only_second)
-    rng, n, mean = np.random.default_rng(seed), len(difference), difference.mean()
-    values, counts = np.unique(difference - mean, return_counts=True)
-    # To draw n items with replacement is to draw how often each value comes.
+        discordant = only_first + only_second
+        p = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+        return dict(difference=mean, p=p, test="McNemar", only_first=only_first, only_second=only_second)
+    # Drawing n items with replacement is the same as drawing how often each value occurs.
+    values, counts = np.unique(difference - difference.mean(), return_counts=True)
+    rng = np.random.default_rng(seed)
     means = np.array([rng.multinomial(n, counts / n) @ values / n for _ in range(resamples)])
     extreme = int((abs(means) >= abs(mean) - 1e-12).sum())
-    return dict(difference=float(mean), p=(extreme + 1) / (resamples + 1), test="bootstrap", resamples=resamples)
+    return dict(difference=mean, p=(extreme + 1) / (resamples + 1), test="bootstrap", resamples=resamples)
 
 
 def item_path(path, task, name):
@@ -118,48 +116,33 @@ def item_path(path, task, name):
 
 
 def compare_results(first, second):
-    """{task.setting: comparison} of two evaluation.json files, for what both scored.
+    """{task.setting: comparison} of two evaluation.json files, for the tasks that both scored.
 
     Differences are in percent for answers and in nats per token for NLLs. ValueError if the two did not score the same
     items in the same way.
     """
-    made = []
-    for path in (first, second):
-        made.append(read_json(path).get("made"))
-        if not isinstance(made[-1], dict):
-            raise ValueError(f"{path}: no results of evaluate.py; give its evaluation.json or a checkpoint")
+    ours, theirs = (read_json(path).get("made") for path in (first, second))
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{second}: no results of evaluate.py; give its evaluation.json or a checkpoint")
     comparisons = {}
-    for task in made[0]:
-        if task not in made[1]:
-            continue
-        ours, theirs = made[0][task], made[1][task]
+    for task in [task for task in ours if task in theirs]:
         for key in ("protocol", "files"):
-            if ours[key] != theirs[key]:
+            if ours[task][key] != theirs[task].get(key):
                 raise ValueError(f"{second}: {task} has other {key} than {first}; score both the same way")
-        for name in ours["items"]:
-            if name in theirs["items"] and (name.endswith("right") or name == "nll"):
-                comparison = compare_items(first, second, task, name)
-                comparisons[".".join([task, *name.split(".")[:-1]])] = comparison
+        for name in ours[task]["items"]:
+            if name not in theirs[task]["items"] or not (name.endswith("right") or name == "nll"):
+                continue
+            a, b = (np.array(read_array(item_path(path, task, name))) for path in (first, second))
+            if a.shape != b.shape:
+                raise ValueError(f"{item_path(second, task, name)}: {b.shape} items, not {a.shape}")
+            if name == "nll":  # of whole documents
+                tokens = read_array(item_path(first, task, "tokens")).mean()
+                found = compare(a / tokens, b / tokens)
+            else:
+                found = compare(a, b)
+                found["difference"] *= 100
+            comparisons[f"{task}.{name}".rpartition(".")[0]] = found
     return comparisons
-
-
-def compare_items(first, second, task, name):
-    """The comparison of one array of answers ("right") or of NLLs ("nll")."""
-    def both(name):
-        ours, theirs = (np.array(read_array(item_path(path, task, name))) for path in (first, second))
-        if ours.shape != theirs.shape:
-            raise ValueError(f"{item_path(second, task, name)}: {theirs.shape} items, not {ours.shape}")
-        return ours, theirs
-
-    ours, theirs = both(name)
-    if name == "nll":
-        tokens, their_tokens = both("tokens")
-        if not np.array_equal(tokens, their_tokens):
-            raise ValueError(f"{second}: {task} has other tokens than {first}")
-        return compare(ours / tokens.mean(), theirs / tokens.mean())  # per token, at the mean length
-    comparison = compare(ours, theirs)
-    comparison["difference"] *= 100
-    return comparison
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,22 +158,21 @@ def table_7_row(results):
 
     size, tokens = results["parameters"], results.get("tokens")
     stories = [percent(task, setting, "accuracy") for task in ("tstorycloze", "sstorycloze") for setting in SETTINGS]
-    before, after = percent("before", "acc_norm", "accuracy"), percent("mmlu", "acc_norm", "accuracy")
+    mmlu = [percent(task, "acc_norm", "accuracy") for task in ("mmlu", "before")]
     return [results["checkpoint"], f"{size / 1e6:.3g}M" if size < 1e9 else f"{size / 1e9:.3g}B",
             f"{tokens / 1e9:.3g}B" if tokens else "", percent("blimp", "accuracy"),
-            percent("sblimp", "dev", "accuracy"), *stories, " / ".join(filter(None, [after, before]))]
+            percent("sblimp", "dev", "accuracy"), *stories, " / ".join(filter(None, mmlu))]
 
 
 def score_rows(results):
-    """[name, score, number of items, protocol] of every accuracy and of every NLL but those of random windows."""
+    """[name, score, number of items, protocol] of every accuracy, and of every NLL except those of random windows."""
     rows = []
     for task, made in results["made"].items():
-        if task == "nll":
-            continue
-        part, protocol = results[task], dict(made["protocol"])
+        scores, protocol = results[task], dict(made["protocol"])
+        if "stderr" in scores:  # the task has one score only
+            scores = {"": scores}
         protocol |= {key: value for key, value in made.get("notes", {}).items() if key in protocol}
-        about = ", ".join(f"{key}={value}" for key, value in protocol.items())
-        scores = {"": part} if "accuracy" in part or "nll" in part else part
+        options = ", ".join(f"{key}={value}" for key, value in protocol.items())
         for name, row in scores.items():
             if not isinstance(row, dict) or "stderr" not in row:
                 continue
@@ -198,7 +180,7 @@ def score_rows(results):
                 value, number = f"{row['nll']:.3f}", f"{row['documents']} documents"
             else:
                 value, number = f"{row['accuracy']:.2f}", f"{row['items']} items"
-            rows.append([f"{task} {name}".strip(), f"{value} ± {row['stderr']:.2g}", number, about])
+            rows.append([f"{task} {name}".strip(), f"{value} ± {row['stderr']:.2g}", number, options])
     return rows
 
 
@@ -209,7 +191,7 @@ def markdown_table(header, *rows):
 
 
 def as_markdown(results):
-    """Table 7 with our row, all other scores beneath it, and the comparison if there is one."""
+    """Table 7 with our row, all other scores below it, and the comparison with another checkpoint if there is one."""
     paper = [line.split(";") for line in TABLE_7.read_text(encoding="utf-8").splitlines()]
     ours = [f"**{cell}**" if cell else "" for cell in table_7_row(results)]
     lines = ["Table 7 of the paper, and this checkpoint. Ø: it lacks the modality; –: not reported, or not scored.", "",

@@ -16,25 +16,21 @@ def read(path):
     for number, row in rows:
         if row["correct"] not in ("0", "1"):
             raise ValueError(f"{path}:{number}: not a row of sBLIMP's gold.csv (correct is {row['correct'][:60]!r})")
-        sentence = (row["type"], row["subtype"], row["id"], row["voice"], int(row["correct"]))
-        if row["filename"] in filenames:
-            raise ValueError(f"{path}:{number}: filename {row['filename'][:200]!r} stands here a second time")
-        if sentence in sentences:
-            raise ValueError(f"{path}:{number}: a second sentence {sentence}")
-        if not (row.get("transcription") or "-").strip():
-            raise ValueError(f"{path}:{number}: empty sentence")
+        sentence = row["type"], row["subtype"], row["id"], row["voice"], int(row["correct"])
+        if row["filename"] in filenames or sentence in sentences:
+            raise ValueError(f"{path}:{number}: a second row for {row['filename'][:200]!r} or {sentence}")
         filenames.add(row["filename"])
         sentences.add(sentence)
-    for *about, correct in sorted(sentences):
-        if (*about, 1 - correct) not in sentences:
-            raise ValueError(f"{path}: missing the counterpart of {(*about, correct)}")
+    for *pair, correct in sorted(sentences):
+        if (*pair, 1 - correct) not in sentences:
+            raise ValueError(f"{path}: missing the counterpart of {(*pair, correct)}")
     return [row for _, row in rows]
 
 
 def table(rows, scores, ties="share"):
     """(result, answers float64 [pairs]) from the rows of gold.csv and {filename: score}.
 
-    A pair is averaged over its voices. Then come the mean over pairs, as on the leaderboard, and in by_type_mean the
+    A pair is averaged over its voices. `accuracy` is the mean over pairs, as on the leaderboard; `by_type_mean` is the
     unweighted mean over types, as in the authors' release.
     """
     spoken = {}  # {(pair, voice): [score of the right sentence, score of the wrong one]}
@@ -69,28 +65,29 @@ def score(evaluator, folder, protocol):
 
 def score_split(evaluator, folder, protocol):
     """The same for one folder, dev or test. Without a gold.csv the result is None."""
-    wavs, gold, rows = sorted(folder.glob("*.wav")), folder / "gold.csv", []
-    if gold.exists():
-        evaluator.used.append(gold)
-        rows, spoken = read(gold), {path.stem for path in wavs}
-        for row in rows:
-            if row["filename"] not in spoken:
-                raise ValueError(f"{folder / row['filename']}.wav: missing, though gold.csv names it")
+    gold, files = folder / "gold.csv", {path.stem: path for path in sorted(folder.glob("*.wav"))}
+    rows = read(gold) if gold.exists() else []
+    if not files:
+        raise ValueError(f"{folder}: no wavs here")
+    for row in rows:
+        if row["filename"] not in files:
+            raise ValueError(f"{folder / row['filename']}.wav: missing, though gold.csv names it")
+    evaluator.used += [gold] if rows else []
 
     sequences, spans = [], []
-    for units in hear_files(evaluator, wavs):
+    for units in hear_files(evaluator, list(files.values())):
         sequence, span = prompt_sequence([], units, ("speech", "speech"), evaluator.model.config, protocol["bos"])
         sequences.append(sequence)
         spans.append(span)
     total, count = evaluator.log_likelihood(sequences, spans, folder.name)
+    arrays = dict(total=total, tokens=count)
 
-    means, names = total / np.maximum(count, 1), [path.stem for path in wavs]
-    scores = {"sum": dict(zip(names, total.tolist())), "mean": dict(zip(names, means.tolist()))}
     measure, other = protocol["score"], OTHER_MEASURE[protocol["score"]]
+    means = total / np.maximum(count, 1)
+    scores = dict(sum=dict(zip(files, total.tolist())), mean=dict(zip(files, means.tolist())))
     if evaluator.world.rank == 0:
         submission = evaluator.path.with_name(f"{evaluator.path.stem}.sblimp.{folder.name}.txt")
         submission.write_text("".join(f"{name} {value!r}\n" for name, value in scores[measure].items()))
-    arrays = dict(total=total, tokens=count)
     if not rows:
         return None, arrays
     result, right = table(rows, scores[measure], protocol["ties"])

@@ -20,52 +20,46 @@ PREFIX = (1 << 32) + 1  # random prefixes are drawn under this stage number, whi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# how stories lie on disk
+# reading stories
 
 def read(folder):
-    """(whole, cross) of a folder, one of them empty: the stories in TWIST's layout, or in slamkit's cross-modal one.
+    """(whole, cross) of a folder: the files in TWIST's layout, or in slamkit's cross-modal one; one of them is empty.
 
-    whole   [(right, wrong)] wavs of whole stories
-    cross   {"speech" or "text": [(context, right, wrong)]} wavs or texts, the same stories in the same order
+    whole   [right, wrong, right, wrong ..] wavs of whole stories
+    cross   {"speech" or "text": [context, right, wrong, context ..]} wavs or texts, the same stories in the same order
 
     ValueError names the file that is missing or misnamed.
     """
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".wav", ".txt"))
     names = sorted({str(path)[:-len("_mutual.wav")] for path in files if path.stem.endswith("_mutual")})
     if not names:
-        return twist_pairs(folder, [path for path in files if path.suffix == ".wav"]), {}
-    cross, present = {}, set(files)
+        return twist_files(folder, [path for path in files if path.suffix == ".wav"]), {}
+    cross = {}
     for modality, suffix in (("speech", ".wav"), ("text", ".txt")):
-        stories = [tuple(Path(f"{name}_{part}{suffix}") for part in ("mutual", "correct", "incorrect"))
-                   for name in names]
-        missing = [path for story in stories for path in story if path not in present]
-        if len(missing) == 3 * len(names):
-            continue  # a folder may hold one modality alone
-        if missing:
+        parts = [Path(f"{name}_{part}{suffix}") for name in names for part in ("mutual", "correct", "incorrect")]
+        missing = [path for path in parts if not path.exists()]
+        if 0 < len(missing) < len(parts):
             raise ValueError(f"{missing[0]}: missing; a story is X_mutual, X_correct and X_incorrect{suffix}")
-        cross[modality] = stories
+        if not missing:  # a folder may hold one modality alone
+            cross[modality] = parts
     return [], cross
 
 
-def twist_pairs(folder, files):
-    """[(right, wrong)] of {2k}_STORY_correct.wav and {2k+1}_STORY_incorrect.wav."""
+def twist_files(folder, files):
+    """[right, wrong, right, wrong ..] of {2k}_STORY_correct.wav and {2k+1}_STORY_incorrect.wav."""
     by_number = {}
     for path in files:
         match = re.fullmatch(r"(\d+)_(?:.*_)?(correct|incorrect)", path.stem)
-        if not match:
-            raise ValueError(f"{path}: not NUMBER_STORY_correct.wav or NUMBER_STORY_incorrect.wav")
-        number = int(match[1])
-        if number in by_number:
-            raise ValueError(f"{path}: a second file with number {number} beside {by_number[number].name}")
-        if (match[2] == "correct") != (number % 2 == 0):
-            raise ValueError(f"{path}: even numbers are correct, odd ones incorrect")
+        number = int(match[1]) if match else None
+        if not match or number in by_number or (match[2] == "correct") != (number % 2 == 0):
+            raise ValueError(f"{path}: misnamed; story k is 2k_STORY_correct.wav and 2k+1_STORY_incorrect.wav")
         by_number[number] = path
     if not files:
         raise ValueError(f"{folder}: no wavs here")
     for number, path in by_number.items():
         if number ^ 1 not in by_number:
             raise ValueError(f"{path}: missing its counterpart, number {number ^ 1}")
-    return [(by_number[number], by_number[number + 1]) for number in sorted(by_number) if number % 2 == 0]
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def paired_stories(cloze_set, config, items=None):
@@ -80,37 +74,34 @@ def paired_stories(cloze_set, config, items=None):
     for item in range(n // 3) if items is None else items:
         story = []
         for document in range(3 * item, 3 * item + 3):
-            text, units, _, _ = cloze_set.document(document)
-            without_eos = dict(text=text[:-1].tolist(), speech=(units[:-1] + config.vocab_size).tolist())
-            story.append(without_eos)
+            text, units, _, _ = cloze_set.document(document)  # each ends with EOS
+            story.append(dict(text=text[:-1].tolist(), speech=(units[:-1] + config.vocab_size).tolist()))
         stories.append(story)
     return stories
 
 
-def encode_whole(evaluator, pairs):
-    """Stories of TWIST's layout: they have no context apart, so everything is ending."""
-    heard = hear_files(evaluator, [path for pair in pairs for path in pair])
+def encode_whole(evaluator, files):
+    """Stories of TWIST's layout. Their contexts are empty: the ending is the whole story."""
+    heard = hear_files(evaluator, files)
     return [({"speech": []}, {"speech": right}, {"speech": wrong}) for right, wrong in zip(heard[::2], heard[1::2])]
 
 
 def encode_cross(evaluator, cross):
-    """Stories of slamkit's layout, with the modalities that are there. Context and endings are encoded apart."""
-    stories = [({}, {}, {}) for _ in next(iter(cross.values()))]
-    for modality, its_stories in cross.items():
-        files = [path for story in its_stories for path in story]
-        if modality == "speech":
-            ids = hear_files(evaluator, files)
-        else:
+    """Stories of slamkit's layout, in the modalities that exist. Context and endings are encoded separately."""
+    encoded = {}  # {modality: ids of each part}
+    for modality, files in cross.items():
+        if modality == "text":
             texts = [" ".join(read_text(path).split()) for path in files]
-            for path, text in zip(files, texts):
-                if not text:
-                    raise ValueError(f"{path}: empty text")
-            # every third text is a context; an ending carries the space that follows the context
-            ids = [evaluator.tokenizer.encode(" " + text if i % 3 else text) for i, text in enumerate(texts)]
+            if "" in texts:
+                raise ValueError(f"{files[texts.index('')]}: empty text")
+            # Every third text is a context. An ending carries the space that follows the context.
+            encoded["text"] = [evaluator.tokenizer.encode(" " + text if i % 3 else text)
+                               for i, text in enumerate(texts)]
             evaluator.used += files
-        for i, part in enumerate(ids):
-            stories[i // 3][i % 3][modality] = part
-    return stories
+        elif evaluator.has_speech:
+            encoded["speech"] = hear_files(evaluator, files)
+    parts = [dict(zip(encoded, ids)) for ids in zip(*encoded.values())]
+    return list(zip(parts[::3], parts[1::3], parts[2::3]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +116,7 @@ def story_sequences(stories, setting, protocol, config, seed=1):
         prefix = (draws * config.vocab_size).astype(np.int64).tolist()
         for ending in endings:
             sequence, span = prompt_sequence(context[before], ending[after], (before, after), config, protocol["bos"],
-                                            protocol["span"] == "whole", prefix)
+                                             protocol["span"] == "whole", prefix)
             sequences.append(sequence)
             spans.append(span)
     return sequences, spans
@@ -136,12 +127,12 @@ def score(evaluator, folder, protocol):
     if (Path(folder) / "meta.json").exists():
         return score_paired(evaluator, folder, protocol)
     whole, cross = read(folder)
-    if whole:
-        evaluator.notes["span"] = "whole"
-        return score_stories(evaluator, folder, {"S": encode_whole(evaluator, whole)}, protocol | dict(span="whole"))
-    stories = encode_cross(evaluator, cross)
-    possible = [setting for setting, modalities in MODALITIES.items() if cross.keys() >= {*modalities}]
-    return score_stories(evaluator, folder, dict.fromkeys(possible, stories), protocol)
+    if not evaluator.has_speech and "text" not in cross:
+        raise ValueError(f"{folder}: nothing here that a text model can score")
+    if not whole:
+        return score_stories(evaluator, encode_cross(evaluator, cross), protocol)
+    evaluator.notes["span"] = "whole"
+    return score_stories(evaluator, encode_whole(evaluator, whole), protocol | dict(span="whole"))
 
 
 def score_paired(evaluator, folder, protocol):
@@ -149,23 +140,20 @@ def score_paired(evaluator, folder, protocol):
     folder = Path(folder)
     stories = paired_stories(open_set(folder, *evaluator.made_with), evaluator.model.config)
     evaluator.used += sorted([folder / "meta.json", *folder.glob("*.npy")])
-    return score_stories(evaluator, folder, dict.fromkeys(MODALITIES, stories), protocol)
+    return score_stories(evaluator, stories, protocol)
 
 
-def score_stories(evaluator, folder, stories, protocol):
-    """({setting: accuracy}, arrays) from {setting: stories}."""
+def score_stories(evaluator, stories, protocol):
+    """({setting: accuracy}, arrays) in the settings that the stories and the model have the modalities for."""
     result, items = {}, {}
     measure, other = protocol["score"], OTHER_MEASURE[protocol["score"]]
-    for setting in stories:
-        if setting != "T" and not evaluator.has_speech:
+    for setting, modalities in MODALITIES.items():
+        if not (stories[0][0].keys() >= {*modalities} and (setting == "T" or evaluator.has_speech)):
             continue
-        sequences, spans = story_sequences(stories[setting], setting, protocol, evaluator.model.config,
-                                           evaluator.settings.seed)
+        sequences, spans = story_sequences(stories, setting, protocol, evaluator.model.config, evaluator.settings.seed)
         total, count = evaluator.log_likelihood(sequences, spans, setting, candidates=2)
         answers = right_by(total, count, protocol["ties"])
         result[setting] = accuracy(answers[measure])
         evaluator.notes[f"{setting} by {other}"] = accuracy(answers[other])["accuracy"]
         items |= {f"{setting}.right": answers[measure], f"{setting}.total": total, f"{setting}.tokens": count}
-    if not result:
-        raise ValueError(f"{folder}: nothing here that a text model can score")
     return result, items

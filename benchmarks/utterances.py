@@ -1,15 +1,17 @@
 """
 Utterances cut into words, for word segmentation (Table 3) and for the layer weights along an utterance.
 
-They come from a paired data set, with times that are estimated, or from the recordings of a corpus, with true times.
+They come from a paired data set, with estimated times, or from the recordings of a corpus, with true times.
 """
 import importlib
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.hear import check_units
 from data import open_source
 from runtime.checkpoint import made_with
 from runtime.files import read_json
@@ -45,8 +47,6 @@ def read_utterances(folder, model, settings):
     utterances = list(itertools.islice((u for u in found if len(u.units) > 1), settings.utterances))
     if not any(len(u.boundaries()) for u in utterances):
         raise ValueError(f"{folder}: no word boundary inside any utterance")
-    if max(u.units.max() for u in utterances) >= model.net.config.n_units:
-        raise ValueError(f"{folder}: holds units beyond the {model.net.config.n_units} of {model.folder}")
     return utterances
 
 
@@ -62,9 +62,8 @@ def read_paired(folder, model, settings):
             ids, units, text_offsets, speech_offsets = shard.document(i)
             first, n_words = 0, len(speech_offsets) - 2  # the last word of a document is its EOS
             while first < n_words:
-                end = speech_offsets[first] + longest
-                fitting = int(np.searchsorted(speech_offsets[:n_words + 1], end, side="right")) - 1
-                last = max(first + 1, fitting)
+                fitting = np.searchsorted(speech_offsets[:-1], speech_offsets[first] + longest, side="right") - 1
+                last = max(first + 1, int(fitting))
                 offsets, edges = speech_offsets[first:last + 1], text_offsets[first:last + 1]
                 words = [tokenizer.decode(ids[a:b]).strip() if tokenizer else "" for a, b in zip(edges, edges[1:])]
                 piece, starts = units[offsets[0]:offsets[-1]], None
@@ -84,16 +83,18 @@ def mean_durations(folder):
 
 def read_recordings(folder, model, settings):
     """Yield the utterances that corpora/NAME.py finds, in true time. Prints which items cannot be used, and why."""
+    from corpora.common import Bad
     from speech.units import load_units
-    reader = importlib.import_module(f"corpora.{settings.corpus}")
+
+    check_units(settings.units, model.folder)
     vocabulary = load_units(settings.units, settings.device)
-    wanted = made_with(model.folder)[1]
-    if wanted not in (None, vocabulary.hash):
-        raise ValueError(f"{settings.units}: not the units that {model.folder} was trained with ({wanted})")
+    reader = importlib.import_module(f"corpora.{settings.corpus}")
     options = dict(kind="paired", aligner="", max_seconds=300.0, mel=False, sa=False)
     for path in reader.find(Path(folder), options):
         for item in reader.read(path, options):
             try:
+                if isinstance(item, Bad):
+                    raise item.error
                 yield read_item(item, vocabulary, options, model.net.config.max_position_embeddings - 1)
             except ValueError as error:
                 print(f"left out: {error}")
@@ -101,11 +102,10 @@ def read_recordings(folder, model, settings):
 
 def read_item(item, vocabulary, options, longest):
     """An item of a corpus -> Utterance of at most so many units. ValueError if the item cannot be used."""
-    from corpora import common
+    from corpora.common import hear
     from speech.units import n_frames, word_units
-    if isinstance(item, common.Bad):
-        raise item.error
-    heard = common.hear(item, options, dict(read=0.0))
+
+    heard = hear(item, options, Counter())
     [(ids, frame_start)] = vocabulary.encode([heard.waveform])
     if len(ids) > longest:
         raise ValueError(f"{item.id}: {len(ids)} units, the model reads {longest}")

@@ -1,14 +1,18 @@
 """
-Asterisk's core sounds: half a thousand telephone prompts, 24 minutes of one woman's real speech, from a Debian package.
+Asterisk's core sounds: 554 telephone prompts, 24 minutes of one woman's real speech.
 
     apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-g722
     for package in asterisk-core-sounds-en*.deb; do dpkg -x $package asterisk; done
     python -m corpora.asterisk --source=asterisk --out=data/asterisk --units=data/demo/units \\
         --tokenizer=data/demo/tokenizer.json --aligner=pocketsphinx
 
-CC BY-SA 3.0, recorded by Allison Smith. Layout: usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz with lines
-`digits/7: seven`, and usr/share/asterisk/sounds/en_US_f_Allison/digits/7.g722 (16 kHz; needs PyAV). What stands in
-brackets is not said: tones, silence, the sign that a letter's name is of.
+Source: two Debian packages. Licence: CC BY-SA 3.0, recorded by Allison Smith. The sound files need PyAV.
+
+Layout below --source:
+    usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz     lines `digits/7: seven`
+    usr/share/asterisk/sounds/en_US_f_Allison/digits/7.g722         16 kHz
+
+Text in brackets is not spoken, as in `[this is a simple beep tone]`, and is left out.
 """
 
 import gzip
@@ -28,10 +32,7 @@ def read(path, settings):
             name, colon, text = line.partition(": ")
             text = re.sub(r"\[[^]]*\]|\([^)]*\)", "", text).strip()
             if colon and text and not line.startswith(";"):
-                try:
-                    yield common.Item(name, files.inside(sounds, f"{name}.g722"), text=text)
-                except ValueError as error:
-                    yield common.Bad(name, error)
+                yield common.Item(name, files.inside(sounds, f"{name}.g722"), text=text)
 
 
 if __name__ == "__main__":

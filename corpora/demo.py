@@ -3,41 +3,45 @@ The embedded demo: a tiny twin of sTinyStories, written by a grammar, spoken by 
 
     python -m corpora.demo --out=data/demo --seed=0
 
-A story has four sentences and is about one of eight topics. Its third sentence is the cause, good or bad, of what the
-fourth tells. The fourth shares no content word with the first three, and no content word of a fourth sentence, nor of
-an opening, is found in two topics. So whoever picks the true ending of a story has learnt which words go together
-from other stories; nothing on the surface, neither a repeated word nor a name nor a pronoun, gives it away.
+A story has four sentences and is about one of eight topics. Its third sentence is the good or bad cause of what happens
+in the fourth. The fourth shares no content word with the first three. No content word of an opening or of an ending is
+used in two topics. So nothing on the surface gives the true ending away: no repeated word, no name, no pronoun. A model
+can only know it by having learnt from other stories which words go together.
 
-Written to the output folder, which appears whole when everything is done:
+The output folder appears as a whole when everything is done. It contains:
 
     tokenizer.json      byte-level BPE, trained on the stories of text/ and paired/
-    units/              the k-means codebook, fitted on recordings of paired/
+    units/              the k-means codebook of the units, fitted on recordings of paired/
     text/               stories as text only
-    paired/ val/ test/  spoken stories with word times; no story is found twice in all the sets
+    paired/ val/ test/  spoken stories with word times; all stories in all sets are different
     cloze/              documents in threes: the opening of a test story (sentences 1 to 3), its ending (sentence 4),
-                        and the ending of a story of another topic, said by the same speaker
+                        and the ending of a story about another topic, in the same voice
     wavs/               a few recordings with their texts
     utterance.png       one recording: spectrogram, units and words
     demo.json           parameters, counts, hours of speech, seconds taken
+
+Source: this file. Licence: that of the repository.
 """
 
-import argparse
+import functools
 import importlib
 import inspect
 import json
 import math
 import multiprocessing
-import os
 import random
 import re
+import sys
 import time
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy.io import wavfile
 from tqdm import tqdm
 
+from configurator import configure
 from corpora.common import one_blas_thread
 from runtime.datasets import write_set
 from runtime.files import read_json, whole_folder
@@ -47,9 +51,13 @@ from speech.espeak import espeak, espeak_paths
 from speech.mel import fit_mel_units, mel_frames, save_mel_units, voice
 from speech.units import HOP, UNIT_RATE, word_units
 
+VERSION = 4  # to be raised whenever the same parameters come to give other data
+FIT_ON = 192  # recordings that the units are fitted on
+EXAMPLES = 4  # recordings that are kept as .wav
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The grammar: {a|b} is a choice, NAME a name, HE, HIM and HIS its pronouns. Words are kept apart by ear as well:
-# no homophones, few that differ by one sound.
+# The grammar. {a|b} is a choice, NAME is a name, and HE, HIM and HIS are its pronouns. Words differ to the ear as well:
+# there are no homophones, and few pairs that differ by one sound.
 
 NAMES = {
     "Anna": ("She", "her", "her"), "Lucy": ("She", "her", "her"),
@@ -138,14 +146,17 @@ class Story(NamedTuple):
     topic: str
     good: bool
 
+    def text(self):
+        return " ".join(self.sentences)
+
 
 def story_words(text):
-    """The words of a text in lower case, without punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return re.findall(r"[a-z]+", text.lower())
 
 
 def write_story(rng, topic, good):
-    """One random story of this topic and outcome."""
+    """Return a random Story with this topic and outcome."""
     name = rng.choice(list(NAMES))
     he, him, his = NAMES[name]
     first, second, *outcomes = TOPICS[topic]
@@ -160,32 +171,29 @@ def write_story(rng, topic, good):
 
 
 def check_grammar():
-    """Asserts what the cloze test rests on (see the top of this file); returns the number of distinct stories."""
-    shared = {word for text in (*WHEN, *NAMES) for word in story_words(text)} | FUNCTION_WORDS
-    owner, count = {}, 0
+    """Assert what the cloze test rests on (see the top of this file). Return the number of different stories."""
+    who_and_when = set(story_words(" ".join([*NAMES, *WHEN, "NAME he him his she her"])))
+    owners, count = {}, 0
     for topic, (first, second, *outcomes) in TOPICS.items():
         for cause, ending in outcomes:
-            opening = " ".join((first, second, cause))
+            assert not who_and_when & set(story_words(ending)), f"{topic}: the ending says who or when"
+            opening = f"{first} {second} {cause}"
             for side, text in (("opening", opening), ("ending", ending)):
-                slots = re.sub(r"NAME|HE|HIM|HIS", "", re.sub(r"\{([^}|]*)[^}]*\}", r"\1", text))
-                content = [word for word in story_words(slots) if word not in FUNCTION_WORDS]
-                assert len(content) >= (6 if side == "opening" else 4), f"{topic}: too few content words in its {side}"
-                text = re.sub(r"\b(NAME|HE|HIM|HIS)\b", "", text)
-                for word in set(story_words(text)) - shared:
-                    assert owner.setdefault(word, (topic, side)) == (topic, side), f"{word}: {topic}, {owner[word]}"
-            assert not set(story_words(ending)) & (shared - FUNCTION_WORDS), f"{topic}: its ending tells a name or time"
-            assert not re.search(r"\b(HE|HIM|HIS|he|him|his|she|her)\b", ending), f"{topic}: its ending tells who"
+                for word in set(story_words(text)) - FUNCTION_WORDS - who_and_when:
+                    owner = owners.setdefault(word, (topic, side))
+                    assert owner == (topic, side), f"{word}: is in {topic}, {side} and in {owner}"
             choices = [slot.count("|") + 1 for slot in re.findall(r"\{[^}]*\}", opening + ending)]
             count += len(NAMES) * len(WHEN) * math.prod(choices)
     return count
 
 
 def write_stories(count, seed):
-    """`count` different stories, topics and outcomes in equal parts and mixed."""
-    assert count < check_grammar() // 3, "the grammar has too few stories for so many different ones"
+    """Return `count` different stories. Topics and outcomes are equally frequent and mixed."""
+    if count > check_grammar() // 3:
+        raise SystemExit(f"{count} stories are too many for the grammar to give different ones; ask for fewer")
     rng = random.Random(seed)
     kinds = [(topic, good) for topic in TOPICS for good in (True, False)]
-    stories = {}  # a dict keeps the order and drops what was there before
+    stories = {}  # a dict keeps the order and ignores repetitions
     while len(stories) < count:
         rng.shuffle(kinds)
         for topic, good in kinds:
@@ -196,17 +204,16 @@ def write_stories(count, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Speaking
 
-# (voice, rate in words a minute, pitch): men, women, American, British, Scottish. The more voices, the less a word's
-# units say by themselves. How well a word said by "en-us" is told by what the nearest word of another voice is (see
-# speech.py): other pitches and rates 98%, "+m3" 97%, "+m7" 92%, "+f2" 74%. With two male voices both SmolTolk and the
-# baseline hear all there is to hear within 1500 steps, and no difference is left to see. "+f2", "+f3" and "+f5" are
-# left out: espeak-ng draws their breath from the clock, and the data would be another each time.
+# (voice, words a minute, pitch): men and women, American, British and Scottish. The more voices there are, the less the
+# units of a word give away by themselves. With only two male voices, SmolTolk and the baseline both hear everything
+# within 1500 steps, and no difference between them is left. Voices differ in how often the nearest word in another
+# voice is the same word as in "en-us": 98% at another pitch and rate, "+m3" 97%, "+m7" 92%, "+f2" 74%.
+# "+f2", "+f3" and "+f5" are not used, because espeak-ng derives their breath from the clock: each run would differ.
 SPEAKERS = (("en-us", 200, 40), ("en-us+m3", 210, 50), ("en-us+f1", 200, 65), ("en-us+m7", 190, 35),
             ("en-gb-x-rp", 200, 45), ("en-us+f4", 210, 60), ("en-gb-scotland", 195, 50), ("en-gb-x-rp+f4", 190, 70))
 
-
-# dB by which the voice stands above hiss, drawn evenly for each recording. Clean synthetic speech is too easy: what one
-# word sounds like, it always sounds like, and units alone nearly spell it.
+# dB of the voice above the hiss, drawn evenly for each recording. Without hiss, synthetic speech is too easy: a word
+# always sounds the same, and its units nearly spell it.
 SIGNAL_TO_NOISE = (5, 15)
 
 
@@ -215,68 +222,62 @@ class Recording(NamedTuple):
     speaker: int  # index into SPEAKERS
     seconds: float
     units: list  # unit ids of each word, uint16 arrays
-    waveform: np.ndarray | None  # int16, kept where it was asked for
-    ends: list  # of each word, in seconds
 
 
 def record(text, speaker):
-    """A text as a speaker says it, under hiss: what espeak returns. A pure function."""
+    """Return what espeak() returns for a text and a speaker, with hiss. The same input always gives the same sound."""
     waveform, words = espeak(text, *SPEAKERS[speaker])
     return add_hiss(waveform, text, speaker), words
 
 
 def signal_to_noise(text, speaker):
-    """(by how many dB a recording of this text stands above its hiss, the generator to draw that from)."""
+    """Return (dB of the voice above the hiss, the generator of that hiss) for a recording of this text."""
     rng = np.random.default_rng([zlib.crc32(text.encode()), speaker])
     return rng.uniform(*SIGNAL_TO_NOISE), rng
 
 
 def add_hiss(waveform, text, speaker):
+    """Return float32 [n]: a waveform [n] with white noise at the level drawn for this text and speaker."""
     decibels, rng = signal_to_noise(text, speaker)
     hiss = rng.standard_normal(len(waveform)) * np.sqrt(np.mean(waveform**2)) / 10 ** (decibels / 20)
     return np.clip(waveform + hiss, -1, 1).astype(np.float32)
 
 
-def speak_for_fit(job):
-    """Features and voice of one recording, to fit the units on."""
+def features(job):
+    """Return (mel frames, voice) of one recording, to fit the units on."""
     story, speaker = job
-    waveform, _ = record(" ".join(story.sentences), speaker)
+    waveform, _ = record(story.text(), speaker)
     return mel_frames(waveform), voice(waveform)
 
 
-def speak(job):
-    """One story to a Recording; None if its words could not be timed."""
-    story, speaker, codebook, keep_waveform = job
-    waveform, words = record(" ".join(story.sentences), speaker)
+def speak(job, codebook):
+    """Return the Recording of a (story, speaker), or None if its words could not be timed."""
+    story, speaker = job
+    waveform, words = record(story.text(), speaker)
     if words is None:
         return None
     ids, frame_start = codebook.encode([waveform])[0]
     offsets = word_units([end for _, end in words], frame_start, len(waveform) // HOP)
-    units = [ids[a:b] for a, b in zip(offsets[:-1], offsets[1:])]
-    kept = np.round(waveform * 32767).astype(np.int16) if keep_waveform else None
-    return Recording(story, speaker, len(waveform) / SAMPLE_RATE, units, kept, [end for _, end in words])
+    units = [ids[start:end] for start, end in zip(offsets[:-1], offsets[1:])]
+    return Recording(story, speaker, len(waveform) / SAMPLE_RATE, units)
 
 
 def speak_all(sets, n_units, seed, workers):
+    """Return ({name: list of Recording}, codebook) of {name: list of Story}. Neither depends on `workers`.
+
+    The codebook is fitted on the first recordings of "paired" only.
     """
-    sets: name -> list of Story. Returns (name -> list of Recording, codebook). The codebook is fitted on the first
-    recordings of "paired" only. Neither depends on `workers`.
-    """
-    jobs = {}
+    jobs, recordings = {}, {}
     for name, stories in sets.items():
         rng = random.Random(f"{seed} {name}")
         jobs[name] = [(story, rng.randrange(len(SPEAKERS))) for story in stories]
-    recordings = {name: [] for name in jobs}
-    bar = tqdm(total=sum(map(len, jobs.values())), desc="speaking", unit=" stories", disable=None)
-    with one_blas_thread(), multiprocessing.get_context("spawn").Pool(workers) as pool, bar:
-        frames, voices = zip(*pool.map(speak_for_fit, jobs["paired"][:FIT_ON], 8))
+    with one_blas_thread(), multiprocessing.get_context("spawn").Pool(workers) as pool:
+        frames, voices = zip(*pool.map(features, jobs["paired"][:FIT_ON], 8))
         codebook = fit_mel_units(frames, n_units, seed, voices=voices)
         for name, its_jobs in jobs.items():
-            its_jobs = [(*job, codebook, name == "paired" and i < EXAMPLES) for i, job in enumerate(its_jobs)]
-            for recording in pool.imap(speak, its_jobs, 8):
-                bar.update()
-                if recording is not None:
-                    recordings[name].append(recording)
+            spoken = pool.imap(functools.partial(speak, codebook=codebook), its_jobs, 8)
+            spoken = tqdm(spoken, f"speaking {name}", len(its_jobs), unit=" stories", disable=None)
+            recordings[name] = [recording for recording in spoken if recording is not None]
     return recordings, codebook
 
 
@@ -287,11 +288,11 @@ SPECIALS = (
     "<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame> <file_sep> <filename> <gh_stars> <issue_start> "
     "<issue_comment> <issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> "
     "<empty_output>"
-).split()  # SmolLM's, ids 0 to 16
+).split()  # SmolLM's special tokens, ids 0 to 16
 
 
 def train_tokenizer(texts, vocab_size, path):
-    """Byte-level BPE with SmolLM's pre-tokenization (each digit alone, then GPT-2's pattern), as a tokenizer.json."""
+    """Write a tokenizer.json: byte-level BPE that splits text as SmolLM does (single digits, then GPT-2's pattern)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -308,17 +309,15 @@ def train_tokenizer(texts, vocab_size, path):
 
 
 def cut_cloze(recordings, documents, seed):
-    """
-    Test documents to cloze documents in threes: opening, true ending, false ending.
+    """Cut test documents into cloze documents in threes: opening, true ending, false ending.
 
-    recordings, documents: the test set, the latter as (token ids of each word, units of each word).
-    The false ending is that of another topic's story by the same speaker: it differs from the true one in what it
-    tells, and in how loud the hiss is, which is noise in the scores of spoken endings. Endings are slices of whole
-    stories: their first word keeps the space before it.
+    recordings, documents: of the test set; a document is (token ids of each word, units of each word).
+    The false ending is from a story about another topic by the same speaker. It has another level of hiss, which only
+    adds noise to the scores. Endings are slices of whole stories, so their first word keeps the space before it.
     """
     rng = random.Random(f"{seed} cloze")
-    cloze = []
     lengths = [len(recording.story.sentences[3].split()) for recording in recordings]
+    cloze = []
     for recording, length, (tokens, units) in zip(recordings, lengths, documents):
         others = [i for i, other in enumerate(recordings)
                   if other.speaker == recording.speaker and other.story.topic != recording.story.topic]
@@ -333,25 +332,22 @@ def cut_cloze(recordings, documents, seed):
 
 
 def write_sets(out, texts, recordings, codebook, seed):
-    """Writes the data sets, and the units; returns counts for demo.json."""
-    tokenizer = Tokenizer(os.path.join(out, "tokenizer.json"))
-    save_mel_units(os.path.join(out, "units"), codebook)
-    units = dict(n_units=len(codebook.centroids), rate=UNIT_RATE, hash=codebook.hash)
+    """Write the units and the data sets. Return the counts for demo.json."""
+    tokenizer = Tokenizer(out / "tokenizer.json")
+    save_mel_units(out / "units", codebook)
+    facts = dict(n_units=len(codebook.centroids), rate=UNIT_RATE, hash=codebook.hash)
     source = "corpora/demo.py"
-    write_set(os.path.join(out, "text"), "text", map(tokenizer.encode, texts), tokenizer=tokenizer, source=source)
+    write_set(out / "text", "text", map(tokenizer.encode, texts), tokenizer, source=source)
     counts = dict(text=dict(stories=len(texts)))
     for name, its_recordings in recordings.items():
-        documents = [
-            (tokenizer.encode_words(" ".join(recording.story.sentences).split()), recording.units)
-            for recording in its_recordings
-        ]
-        sets = {name: documents}
+        documents = []
+        for recording in its_recordings:
+            documents.append((tokenizer.encode_words(recording.story.text().split()), recording.units))
+        write_set(out / name, "paired", documents, tokenizer, facts, source)
         if name == "test":
-            sets["cloze"] = cut_cloze(its_recordings, documents, seed)
-            counts["cloze"] = dict(items=len(sets["cloze"]) // 3)
-        for folder, documents in sets.items():
-            write_set(os.path.join(out, folder), "paired", documents, tokenizer=tokenizer, units=units,
-                           source=source)
+            cloze = cut_cloze(its_recordings, documents, seed)
+            write_set(out / "cloze", "paired", cloze, tokenizer, facts, source)
+            counts["cloze"] = dict(items=len(cloze) // 3)
         hours = sum(recording.seconds for recording in its_recordings) / 3600
         counts[name] = dict(stories=len(its_recordings), hours=round(hours, 3))
     spoken = [len(word) for recording in recordings["paired"] for word in recording.units]
@@ -359,31 +355,22 @@ def write_sets(out, texts, recordings, codebook, seed):
 
 
 def write_examples(out, recordings, codebook):
-    """Writes wavs/ and utterance.png."""
-    folder = os.path.join(out, "wavs")
-    os.makedirs(folder)
-    examples = [recording for recording in recordings if recording.waveform is not None]
-    for i, recording in enumerate(examples):
-        wavfile.write(os.path.join(folder, f"{i}.wav"), SAMPLE_RATE, recording.waveform)
-        with open(os.path.join(folder, f"{i}.txt"), "w") as file:
-            file.write(" ".join(recording.story.sentences) + "\n")
-    first = examples[0]
-    figures = importlib.import_module("tools.figures")  # here, because matplotlib takes long to import
-    figures.utterance(os.path.join(out, "utterance.png"), first.waveform / np.float32(32767), codebook,
-                      " ".join(first.story.sentences).split(), first.ends)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
-
-VERSION = 4  # to be raised whenever the same parameters come to give other data
-FIT_ON, EXAMPLES = 192, 4  # recordings that the units are fitted on; that are kept as .wav
+    """Write wavs/ and utterance.png."""
+    (out / "wavs").mkdir()
+    for i, recording in enumerate(recordings[:EXAMPLES]):
+        waveform, words = record(recording.story.text(), recording.speaker)
+        wavfile.write(out / f"wavs/{i}.wav", SAMPLE_RATE, np.round(waveform * 32767).astype(np.int16))
+        (out / f"wavs/{i}.txt").write_text(recording.story.text() + "\n")
+        if i == 0:
+            figures = importlib.import_module("tools.figures")  # only here, because matplotlib takes long to import
+            figures.utterance(out / "utterance.png", waveform, codebook, recording.story.text().split(),
+                              [end for _, end in words])
 
 
 def reuse(out, parameters):
-    """What demo.json of a finished demo says; SystemExit if the folder is no demo or has other parameters."""
+    """Return the demo.json of a finished demo. SystemExit if the folder is no demo or has other parameters."""
     try:
-        about = read_json(os.path.join(out, "demo.json"))
+        about = read_json(out / "demo.json")
     except ValueError:
         raise SystemExit(f"{out} exists and is not a finished demo: remove it or choose another --out") from None
     differing = [key for key in parameters if about["parameters"].get(key) != parameters[key]]
@@ -392,43 +379,45 @@ def reuse(out, parameters):
     return about
 
 
-def make(out="data/demo", seed=0, text=20000, train=2000, val=100, test=500, n_units=80, vocab_size=1400, workers=2):
-    """
-    Make the demo in folder `out`, in about a minute, and return what demo.json says.
+def make(
+    out="data/demo",  # the folder to make
+    seed=0,           # of everything random
+    text=20000,       # stories as text only
+    train=2000,       # spoken stories in paired/
+    val=100,          # spoken stories in val/
+    test=500,         # spoken stories in test/
+    n_units=80,       # speech units
+    vocab_size=1400,  # text tokens, at most
+    workers=2,        # processes; the data does not depend on them
+):
+    """Make the demo, in about a minute, and return its demo.json. A finished demo with these parameters is kept.
 
-    seed: of everything; text: stories as text only; train, val, test: spoken stories; n_units: mel units;
-    vocab_size: tokens at most; workers: processes (the data does not depend on them).
-    A finished demo with the same parameters is left as it is. SystemExit if there is another thing at `out`,
-    RuntimeError without espeak-ng.
+    SystemExit if `out` is something else, RuntimeError without espeak-ng.
     """
+    out = Path(out)
     parameters = dict(seed=seed, text=text, train=train, val=val, test=test, n_units=n_units, vocab_size=vocab_size,
                       speakers=[list(speaker) for speaker in SPEAKERS], version=VERSION)
-    if os.path.exists(out):
+    if out.exists():
         return reuse(out, parameters)
-    espeak_paths()  # say at once if it is missing
+    espeak_paths()  # fails at once if it is missing
     print(f"making {out}: {train + val + test} stories are spoken and cut into units, about a minute", flush=True)
     began = time.time()
     stories = write_stories(test + val + train + text, seed)
     sets = {}
     for name, count in dict(test=test, val=val, paired=train).items():
         sets[name], stories = stories[:count], stories[count:]
-    written = [" ".join(story.sentences) for story in stories]
+    texts = [story.text() for story in stories]
     recordings, codebook = speak_all(sets, n_units, seed, workers)
 
     with whole_folder(out) as folder:
-        temporary = str(folder)
-        path = os.path.join(temporary, "tokenizer.json")
-        train_tokenizer(written + [" ".join(story.sentences) for story in sets["paired"]], vocab_size, path)
-        about = write_sets(temporary, written, recordings, codebook, seed)
-        write_examples(temporary, recordings["paired"], codebook)
-        about = dict(parameters=parameters, **about, seconds_taken=round(time.time() - began, 1))
-        with open(os.path.join(temporary, "demo.json"), "w") as file:
-            json.dump(about, file, indent=1)
+        train_tokenizer(texts + [story.text() for story in sets["paired"]], vocab_size, folder / "tokenizer.json")
+        counts = write_sets(folder, texts, recordings, codebook, seed)
+        write_examples(folder, recordings["paired"], codebook)
+        about = dict(parameters=parameters, **counts, seconds_taken=round(time.time() - began, 1))
+        (folder / "demo.json").write_text(json.dumps(about, indent=1))
     return about
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the embedded demo corpus.")
-    for name, parameter in inspect.signature(make).parameters.items():
-        parser.add_argument(f"--{name}", type=type(parameter.default), default=parameter.default)
-    print(json.dumps(make(**vars(parser.parse_args())), indent=1))
+    defaults = {name: parameter.default for name, parameter in inspect.signature(make).parameters.items()}
+    print(json.dumps(make(**configure(defaults, sys.argv[1:])[0]), indent=1))

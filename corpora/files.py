@@ -1,29 +1,28 @@
-"""Files that several corpora come in: lines of JSON, parquet, and the cutting of long recordings."""
+"""
+What several readers share: finding files, lines of JSON, parquet, paths in records, and cutting long recordings.
+"""
 
 import gzip
+import importlib
 import io
 import os
-import reprlib
 from pathlib import Path
 
-from corpora.common import Bad
+from corpora.parts import Bad
 from runtime.files import one_line, parse_json
 
-MAX_LINE = 1 << 26  # bytes; a few compressed kilobytes may hold a line without end
-BATCH = 16  # rows of a parquet file in memory at once: rows with sound are large
+BATCH = 16  # rows of a parquet file in memory at once; rows with sound are large
 
 
 def find_files(source, suffixes):
-    """All files below a folder with one of these endings, sorted; the source itself if it is such a file."""
+    """Return all files below a folder that have one of these endings, sorted. A file as source is returned itself."""
     if Path(source).is_file():
         return [Path(source)]
     return sorted(path for path in Path(source).rglob("*") if path.name.endswith(tuple(suffixes)) and path.is_file())
 
 
 def need(name):
-    """The module of an optional package; SystemExit that says how to get it."""
-    import importlib
-
+    """Import an optional module. SystemExit that names the missing package."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -32,59 +31,57 @@ def need(name):
 
 
 def lines(path):
-    """The lines of a text file that are not empty. Bytes that are no UTF-8 become what text_size() refuses."""
+    """Return the lines of a text file that are not empty. Bytes that are not UTF-8 become surrogates."""
     return [line for line in path.read_text("utf-8", errors="surrogateescape").split("\n") if line.strip()]
 
 
 def json_lines(path):
-    """(id, record) for each line of a .jsonl, .jsonl.gz or .jsonl.zst file; (id, Bad) for a line that is no record."""
-    with open(path, "rb") as raw:
-        file = raw
+    """Yield (id, line) for each line of a .jsonl, .jsonl.gz or .jsonl.zst file that is not empty."""
+    with open(path, "rb") as file:
         if path.name.endswith(".gz"):
-            file = gzip.open(raw)
+            file = gzip.open(file)
         elif path.name.endswith(".zst"):
-            file = io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(raw))
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
-            name = f"{path.name}:{number}"
-            if len(line) == MAX_LINE:
-                raise ValueError(f"line {number} has more than {MAX_LINE} bytes")
-            if not line.strip():
-                continue
-            try:
-                record = parse_json(line, f"{path}, line {number}", dict)
-            except ValueError as error:
-                record = Bad(name, ValueError(f"unreadable record: {error}"))
-            yield name, record
+            file = io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(file))
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path.name}:{number}", line
 
 
 def parquet_rows(path, columns):
-    """(id, record of these columns) for each row of a parquet file, a few rows in memory at a time."""
+    """Yield (id, {column: value}) for each row of a parquet file, a few rows in memory at a time."""
     with need("pyarrow.parquet").ParquetFile(path) as file:
         missing = [column for column in columns if column not in file.schema_arrow.names]
         if missing:
             raise SystemExit(f"{path}: no column {', '.join(missing)}; there are {', '.join(file.schema_arrow.names)}")
         number = 0
         for batch in file.iter_batches(BATCH, columns=columns):
-            for record in batch.to_pylist():
+            for row in batch.to_pylist():
                 number += 1
-                yield f"{path.name}:{number}", record
+                yield f"{path.name}:{number}", row
+
+
+def convert(records, to_items):
+    """Yield the items that to_items(id, record) yields for each (id, record), and a Bad where it fails.
+
+    A record of bytes is a line of JSON, and to_items gets the dict in it.
+    """
+    for name, record in records:
+        try:
+            yield from to_items(name, parse_json(record, name, dict) if isinstance(record, bytes) else record)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            yield Bad(name, ValueError(f"unreadable record: {name} ({one_line(error)})"))
 
 
 def inside(folder, name):
-    """The path of a file inside a folder; ValueError if the name leads out of it, through a link or without one."""
-    if not isinstance(name, str) or not name.isprintable() or len(name) > 1000:
-        raise ValueError(f"path outside the source: {reprlib.repr(name)} names no file")
-    steps = Path(os.path.normpath(name)).parts
-    if os.path.isabs(name) or ".." in steps[:1] or not steps:
-        raise ValueError(f"path outside the source: {name[:200]}")
-    path = os.path.join(folder, *steps)
-    if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
-        raise ValueError(f"path outside the source: {name[:200]} goes through a link; put the files themselves there")
+    """Return the path of a file in a folder, by its relative name. ValueError if the name or a link leads out of it."""
+    path = os.path.normpath(os.path.join(folder, name))
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"path outside the source: {name[:200]!r}")
     return path
 
 
 def cut(start, end, longest):
-    """[start, end) in as many equally long spans as are needed for none to be longer than `longest` seconds."""
+    """Return [start, end) cut into equally long spans, as few as possible of at most `longest` seconds."""
     if not end - start < 1e6:
         raise ValueError(f"unreadable record: a span from {start} to {end} s")
     n = max(1, -int(-(end - start) // longest))
@@ -92,7 +89,7 @@ def cut(start, end, longest):
 
 
 def duration(path):
-    """Seconds of a sound file; ValueError if it cannot be opened."""
+    """Return the seconds of a sound file. ValueError if it cannot be opened."""
     import soundfile
 
     try:

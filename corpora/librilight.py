@@ -1,13 +1,15 @@
 """
-Libri-Light: 60,000 hours of LibriVox audiobooks without transcripts (Kahn et al., 2020; github.com/facebookresearch/
-libri-light; the recordings are in the public domain).
+Libri-Light: 60,000 hours of LibriVox audiobooks without transcripts (Kahn et al., 2020).
 
     python -m corpora.librilight --source=librilight/small --out=data/librilight --units=units/mhubert
 
-Layout (data_preparation/README.md and cut_by_vad.py there): SUBSET/SPEAKER/BOOK/CHAPTER.flac and CHAPTER.json beside
-it, whose voice_activity lists [start, end] of speech in seconds. Chapters last many minutes: neighbouring spans of
-speech are joined, with the pauses between them, for as long as the whole lasts no more than --segment seconds; a
-longer span, and a chapter without voice activity, is cut into equal pieces. A piece is a document.
+Source: github.com/facebookresearch/libri-light. Licence: the recordings are in the public domain.
+
+Layout (data_preparation/README.md and cut_by_vad.py there): SUBSET/SPEAKER/BOOK/CHAPTER.flac, and CHAPTER.json with a
+list voice_activity of the [start, end] of speech in seconds.
+
+Chapters last many minutes, so they are cut, and each piece is a document. Neighbouring spans of speech are joined, with
+the pauses between them, up to --segment seconds. A longer span, or a chapter without voice activity, is cut evenly.
 """
 
 from corpora import common, files
@@ -19,7 +21,7 @@ def find(source, settings):
 
 
 def join(spans, longest):
-    """Neighbouring spans [(start, end)] joined up to `longest` seconds, longer ones cut."""
+    """Join neighbouring spans [(start, end)] up to `longest` seconds, and cut longer ones."""
     joined = []
     for start, end in sorted(spans):
         if joined and end - joined[-1][0] <= longest:
@@ -33,16 +35,21 @@ def read(path, settings):
     meta = path.with_suffix(".json")
     try:
         active = read_json(meta)["voice_activity"] if meta.exists() else []
-        spans = [(float(start), float(end)) for start, end in active] or [(0.0, files.duration(path))]
-        spans = join(spans, settings["segment"])
+        spans = [(float(start), float(end)) for start, end in active]
     except (ValueError, KeyError, TypeError) as error:
-        audio = str(error).startswith("unreadable audio")
-        said = str(error) if audio else f"unreadable voice activity: {meta} ({one_line(error)})"
-        yield common.Bad(path.stem, ValueError(said))
+        yield common.Bad(path.stem, ValueError(f"unreadable voice activity: {meta} ({one_line(error)})"))
+        return
+    try:
+        spans = join(spans or [(0.0, files.duration(path))], settings["segment"])
+    except ValueError as error:
+        yield common.Bad(path.stem, error)
         return
     for number, (start, end) in enumerate(spans):
         yield common.Item(f"{path.stem}_{number}", str(path), start, end)
 
 
 if __name__ == "__main__":
-    common.main("librilight", find, read, kinds=("speech",), segment=30.0)
+    common.main(
+        "librilight", find, read, kinds=("speech",),
+        segment=30.0,  # seconds of the longest document
+    )

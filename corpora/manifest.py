@@ -1,17 +1,20 @@
 """
-Recordings of one's own, listed in a manifest.
+Your own recordings, listed in a manifest.
 
     python -m corpora.manifest --source=recordings --out=data/recordings --units=units/mhubert \\
         --tokenizer=weights/smollm-360m/tokenizer.json --aligner=aligners/mms
 
-Layout: manifest.jsonl (or any .jsonl, .jsonl.gz, .jsonl.zst) in the folder --source, one record a line:
+Layout: manifest.jsonl (or any .jsonl, .jsonl.gz or .jsonl.zst) in the folder --source, with a record on each line:
+
     {"audio": "a/1.wav", "start": 0.5, "end": 7.25, "text": "As written, with case.", "words": [["As", 0.6, 0.8], ...]}
-audio is a path relative to the manifest, and may not lead out of its folder. start and end (seconds) may be left out:
-the whole file; text where --kind=speech; words (times on the clock of the file) where there is an --aligner.
+
+audio is a path relative to the manifest, and must not lead out of its folder. start and end are in seconds; without
+them the item is the whole file. text is not needed for --kind=speech. words are in seconds from the beginning of the
+file, and are not needed if there is an aligner.
 """
 
 from corpora import common, files
-from runtime.files import one_line
+from speech.word_times import timed_word
 
 
 def find(source, settings):
@@ -19,19 +22,14 @@ def find(source, settings):
 
 
 def read(path, settings):
-    for name, record in files.json_lines(path):
-        if isinstance(record, common.Bad):
-            yield record
-            continue
-        try:
-            audio = files.inside(path.parent, record["audio"]) if "audio" in record else None
-            start, end, text, timed = (record.get(key) for key in ("start", "end", "text", "words"))
-            words = None if timed is None else [(word, float(a), float(b)) for word, a, b in timed]
-            yield common.Item(name, audio, float(start or 0), None if end is None else float(end), text, words)
-        except (TypeError, ValueError) as error:
-            if not str(error).startswith("path outside"):
-                error = ValueError(f"unreadable record: {path}, {name} ({one_line(error)})")
-            yield common.Bad(name, error)
+    def items(name, record):
+        audio = files.inside(path.parent, record["audio"]) if "audio" in record else None
+        start, end, text, words = (record.get(key) for key in ("start", "end", "text", "words"))
+        if words is not None:
+            words = [timed_word(word, first, last, name) for word, first, last in words]
+        yield common.Item(name, audio, float(start or 0), None if end is None else float(end), text, words)
+
+    return files.convert(files.json_lines(path), items)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """
-Text as text: FineWeb-Edu, Cosmopedia-v2, Python-Edu, FineMath, or files of one's own.
+Text alone: FineWeb-Edu, Cosmopedia-v2, Python-Edu, FineMath, or your own files.
 
     python -m corpora.text --source=fineweb-edu-dedup --out=data/fineweb --tokenizer=weights/smollm-360m/tokenizer.json
 
-The paper's text mixture is 0.7 FineWeb-Edu, 0.15 Cosmopedia-v2, 0.08 Python-Edu, 0.06 FineMath: make a set of each and
-weight them in the config. From the hub: HuggingFaceTB/smollm-corpus (fineweb-edu-dedup/, cosmopedia-v2/, python-edu/:
-parquet; ODC-By, the code under its own licences) and HuggingFaceTB/finemath (ODC-By). All have their documents in the
-column `text`, but Python-Edu: that lists the blobs of Software Heritage to download, see its card.
+The text mixture of the paper is 0.7 FineWeb-Edu, 0.15 Cosmopedia-v2, 0.08 Python-Edu and 0.06 FineMath. Make a set of
+each, and give the weights in the config.
 
-Layout: any folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst (a document a row, in the column or field --field) and
-.txt files (a document each). --shard=i/n splits the documents, but each shard reads all files: to split very large
-corpora among machines, give each machine a folder of files instead.
+Source: HuggingFaceTB/smollm-corpus on the Hugging Face hub (fineweb-edu-dedup/, cosmopedia-v2/, python-edu/) and
+HuggingFaceTB/finemath. Licence: ODC-By; the code in Python-Edu has licences of its own. All but Python-Edu have their
+documents in the column `text`. Python-Edu lists the files to download from Software Heritage; see its card.
+
+Layout: any folders of .parquet, .jsonl, .jsonl.gz and .jsonl.zst files, with a document in each row, and of .txt files,
+each one document. --shard=i/n splits the documents, but each shard reads all files. To split a very large corpus among
+machines, give each of them a folder of files.
 """
 
 from corpora import common, files
@@ -21,16 +23,20 @@ def find(source, settings):
 
 
 def read(path, settings):
-    field = settings["field"]
+    def items(name, row):
+        text = row.get(settings["field"])
+        if not isinstance(text, str | None):
+            raise TypeError(f"{settings['field']} is {type(text).__name__}, not text")
+        yield common.Item(name, text=text)
+
     if path.suffix == ".txt":
-        yield common.Item(path.name, text=path.read_text("utf-8", errors="surrogateescape"))
-        return
-    rows = files.parquet_rows(path, [field]) if path.suffix == ".parquet" else files.json_lines(path)
-    for name, record in rows:
-        if isinstance(record, dict) and not isinstance(record.get(field), str | None):
-            record = common.Bad(name, ValueError(f"unreadable record: {field!r} of {name} is no text"))
-        yield common.Item(name, text=record.get(field)) if isinstance(record, dict) else record
+        return [common.Item(path.name, text=path.read_text("utf-8", errors="surrogateescape"))]
+    rows = files.parquet_rows(path, [settings["field"]]) if path.suffix == ".parquet" else files.json_lines(path)
+    return files.convert(rows, items)
 
 
 if __name__ == "__main__":
-    common.main("text", find, read, kinds=("text",), field="text")
+    common.main(
+        "text", find, read, kinds=("text",),
+        field="text",  # the column or field that holds the documents
+    )

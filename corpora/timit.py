@@ -1,15 +1,15 @@
 """
-TIMIT: 630 speakers read ten sentences each, with hand-checked word times (Garofolo et al., 1993; LDC93S1; LDC licence).
+TIMIT: 630 speakers read ten sentences each, with word times checked by hand (Garofolo et al., 1993).
 
     python -m corpora.timit --source=TIMIT/TEST --out=data/timit-test --units=units/mhubert \\
         --tokenizer=weights/smollm-360m/tokenizer.json
 
-Layout (its README.DOC): TRAIN|TEST/DR1/FCJF0/SA1.WAV (NIST SPHERE, 16 kHz), SA1.TXT (`0 46797 She had your ...`) and
-SA1.WRD (`BEGIN END word`, in samples), names in upper or lower case. Some copies have SA1.WAV.wav, converted, beside
-it. The SA sentences, the same two from every speaker, are left out unless --sa=true.
-"""
+Source: catalog.ldc.upenn.edu/LDC93S1. Licence: the LDC's.
 
-from pathlib import Path
+Layout (its README.DOC): TRAIN|TEST/DR1/FCJF0/SA1.WAV (NIST SPHERE, 16 kHz), SA1.TXT (`0 46797 She had your ...`) and
+SA1.WRD (`BEGIN END word`, in samples). Names are in upper or lower case. Some copies have SA1.WAV.wav, converted,
+instead of it.
+"""
 
 from corpora import common, files
 from speech.word_times import read_wrd
@@ -20,19 +20,19 @@ def find(source, settings):
     return [path for path in found if settings["sa"] or not path.stem.lower().startswith("sa")]
 
 
-def beside(path, *endings):
-    """The first file that is there with the stem of a path and one of the endings."""
-    there = [path.with_suffix(ending) for ending in endings if path.with_suffix(ending).exists()]
-    if not there:
-        raise ValueError(f"missing file: {path.with_suffix(endings[0])}")
-    return there[0]
+def sibling(path, *endings):
+    """Return the first existing file with the stem of a path and one of the endings. ValueError if there is none."""
+    for ending in endings:
+        if path.with_suffix(ending).exists():
+            return path.with_suffix(ending)
+    raise ValueError(f"missing file: {path.with_suffix(endings[0])}")
 
 
 def read(path, settings):
-    name = "-".join(Path(path).with_suffix("").parts[-2:])  # FCJF0-SA1
+    name = f"{path.parent.name}-{path.stem}"  # FCJF0-SA1
     try:
-        text = beside(path, ".TXT", ".txt").read_text("utf-8", errors="surrogateescape").split(maxsplit=2)[2]
-        audio = beside(path, ".WAV", ".wav", ".WAV.wav")
+        text = sibling(path, ".TXT", ".txt").read_text("utf-8", errors="surrogateescape").split(maxsplit=2)[2]
+        audio = sibling(path, ".WAV", ".wav", ".WAV.wav")
         yield common.Item(name, str(audio), text=text.strip(), words=read_wrd(path))
     except IndexError:
         yield common.Bad(name, ValueError(f"no transcript: {path.with_suffix('.TXT')} is not `BEGIN END text`"))
@@ -41,4 +41,7 @@ def read(path, settings):
 
 
 if __name__ == "__main__":
-    common.main("timit", find, read, sa=False)
+    common.main(
+        "timit", find, read,
+        sa=False,  # include the SA sentences, which are the same two for every speaker
+    )

@@ -1,20 +1,21 @@
 """
-VoxPopuli: the European Parliament, 24,100 hours of English without and 543 with transcripts (Wang et al., 2021;
-github.com/facebookresearch/voxpopuli; CC0).
+VoxPopuli: the European Parliament, 24,100 hours of English without transcripts and 543 with (Wang et al., 2021).
 
     python -m corpora.voxpopuli --source=voxpopuli --subset=raw --out=data/voxpopuli --kind=speech --units=units/mhubert
     python -m corpora.voxpopuli --source=voxpopuli --subset=train --out=data/voxpopuli-train --units=units/mhubert \\
         --tokenizer=weights/smollm-360m/tokenizer.json --aligner=aligners/mms
 
-Layout (as its scripts download_audios.py and get_asr_data.py leave it), below --source:
+Source: github.com/facebookresearch/voxpopuli. Licence: CC0.
+
+Layout below --source, as its scripts download_audios.py and get_asr_data.py leave it:
     transcribed_data/en/asr_train.tsv, asr_dev.tsv, asr_test.tsv    tab-separated id, raw_text, normalized_text, ...
-    transcribed_data/en/2019/ID.ogg                                 the year is the beginning of the id
-    raw_audios/en/2019/SESSION.ogg                                  --subset=raw; hours long, so cut every --segment s
+    transcribed_data/en/2019/ID.ogg                                 an id begins with the year
+    raw_audios/en/2019/SESSION.ogg                                  hours long, and so cut into segments
+
 The text is raw_text, which has case and punctuation, or normalized_text where that is empty.
 """
 
 from corpora import common, files
-from runtime.files import one_line
 
 
 def find(source, settings):
@@ -31,15 +32,20 @@ def read(path, settings):
             yield common.Item(f"{path.stem}_{number}", str(path), start, end)
         return
     header, *lines = files.lines(path)
-    for number, line in enumerate(lines, 2):
+
+    def items(name, line):
         row = dict(zip(header.split("\t"), line.split("\t")))
-        try:
-            audio = files.inside(path.parent, f"{row['id'][:4]}/{row['id']}.ogg")
-            yield common.Item(row["id"], audio, text=row["raw_text"].strip() or row["normalized_text"])
-        except (KeyError, ValueError) as error:
-            bad = ValueError(f"unreadable record: {path}, line {number} ({one_line(error)})")
-            yield common.Bad(f"{path.name}:{number}", bad)
+        audio = files.inside(path.parent, f"{row['id'][:4]}/{row['id']}.ogg")
+        yield common.Item(row["id"], audio, text=row["raw_text"].strip() or row["normalized_text"])
+
+    rows = enumerate(lines, 2)
+    yield from files.convert(((f"{path.name}:{number}", line) for number, line in rows), items)
 
 
 if __name__ == "__main__":
-    common.main("voxpopuli", find, read, lang="en", subset="train", segment=30.0)
+    common.main(
+        "voxpopuli", find, read,
+        lang="en",       # the language
+        subset="train",  # train, dev or test, which have transcripts, or raw
+        segment=30.0,    # seconds of the longest document of the raw subset
+    )

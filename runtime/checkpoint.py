@@ -1,7 +1,5 @@
 """
-Checkpoints: finding the newest that can be opened, removing old ones, comparing runs; and the signals that end a run.
-
-Nothing here knows what a model is: train.py says what a checkpoint holds.
+Checkpoints: finding the newest good one, removing old ones, comparing runs; and the signals that end a run.
 """
 import hashlib
 import json
@@ -15,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from runtime.files import one_line, read_json
+from runtime.files import read_json, reading
 from runtime.tokenizer import Tokenizer
 
 
@@ -27,26 +25,21 @@ def checkpoints(out_dir):
 
 
 def fault(folder, to_train=True):
-    """What is wrong with a checkpoint, or "": a file that is missing, cut short, or not what its name says.
-
-    to_train: is it to be trained further, or are the weights all that is needed?
-    """
-    for name in ("config", "train") if to_train else ("config",):
-        try:
+    """What is wrong with a checkpoint, or "". to_train: check all that training needs; otherwise only the model."""
+    try:
+        for name in ("config", "train") if to_train else ("config",):
             read_json(folder / f"{name}.json")
-        except ValueError as error:
-            return str(error)
-    for name in ("model", "speech", "optimizer") if to_train else ("model", "speech"):
-        try:
-            with safe_open(folder / f"{name}.safetensors", "pt"):  # reads the header, and compares the file's size
+        for name in ("model", "speech", "optimizer") if to_train else ("model", "speech"):
+            path = folder / f"{name}.safetensors"
+            with reading(path), safe_open(path, "pt"):  # reads the header and compares it with the file's size
                 pass
-        except (OSError, SafetensorError) as error:
-            return f"{name}.safetensors: {one_line(error)}"
+    except ValueError as error:
+        return str(error)
     return ""
 
 
 def newest(out_dir, to_train=True):
-    """(the newest checkpoint of a run that can be opened, or None; the newer ones that cannot). Names the latter."""
+    """(the newest good checkpoint of a run, or None; the newer ones that cannot be opened). Prints what is wrong."""
     bad = []
     for folder in reversed(checkpoints(out_dir)):
         wrong = fault(folder, to_train)
@@ -58,21 +51,18 @@ def newest(out_dir, to_train=True):
 
 
 def prune(out_dir, keep, every):
-    """Remove all but the newest `keep` checkpoints and those of steps that `every` divides (0: none of them)."""
+    """Remove all but the newest `keep` checkpoints and those of steps that are multiples of `every` (0: none)."""
     for old in checkpoints(out_dir)[:-keep]:
         if not every or int(old.name.rpartition("-")[2]) % every:
-            gone = old.rename(old.with_name(f".{old.name}.{os.getpid()}"))  # at once; removing may take a while
+            gone = old.rename(old.with_name(f".{old.name}.{os.getpid()}"))  # at once, while removing takes longer
             shutil.rmtree(gone)
 
 
-def clean(out_dir):
-    """Remove what a run that was killed was writing or removing."""
+def clean(out_dir, bad=()):
+    """Remove what a killed run was writing or removing, and rename bad checkpoints, so that good ones get their names.
+    """
     for path in Path(out_dir).glob(".*.[0-9]*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def set_aside(bad):
-    """Rename checkpoints that cannot be opened, so that good ones can take their places."""
     for folder in bad:
         aside = folder.with_name(f"bad-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -80,14 +70,14 @@ def set_aside(bad):
 
 
 def made_with(folder):
-    """(hash of the tokenizer, hash of the units) that a checkpoint was trained with; None where it does not say."""
+    """(hash of the tokenizer, hash of the units) that a checkpoint was trained with; None for a missing file."""
     tokenizer, units_json = folder / "tokenizer.json", folder / "units.json"
     return (Tokenizer(tokenizer).hash if tokenizer.exists() else None,
             read_json(units_json).get("hash") if units_json.exists() else None)
 
 
 def identify(sources, tokenizer, units):
-    """{what: [hash, share of it, folder]}. The hash is over a set's meta.json and four pieces of each array.
+    """{name of a set: [hash, share in its source, folder]}. The hash covers meta.json and four pieces of each array.
 
     sources: {name: data.Source}. tokenizer, units: hashes
     """
@@ -95,18 +85,20 @@ def identify(sources, tokenizer, units):
     for key, source in sources.items():
         for i, (shard, share) in enumerate(zip(source.shards, np.diff(source.cumulated, prepend=0))):
             contents = hashlib.sha256(json.dumps(shard.meta, sort_keys=True).encode())
-            for array in (x for x in shard if isinstance(x, np.ndarray)):
-                for start in np.linspace(0, max(0, len(array) - 4096), 4).astype(int):
-                    contents.update(array[start:start + 4096].tobytes())
+            for array in shard:
+                if isinstance(array, np.ndarray):
+                    for start in np.linspace(0, max(0, len(array) - 4096), 4).astype(int):
+                        contents.update(array[start:start + 4096].tobytes())
             found[f"{key}[{i}]"] = [contents.hexdigest()[:16], round(float(share), 9), str(shard.folder)]
     return found
 
 
 def differences(saved, now, may_change):
-    """Where two runs differ: two dicts {what: [was, is]}, of what must be the same and of what may change.
+    """(refused, changed): where two runs differ, as dicts {name: [was, is]}.
 
-    saved, now   dict(settings={name: value}, data={what: [hash, share of it, folder]})
-    may_change   names of settings. So may held-out data, since training stays the same, and where any data lies.
+    saved, now   dict(settings={name: value}, data={name: [hash, share, folder]})
+    may_change   names of settings that may change. Held-out data may change too, because training stays the same, and
+                 any data may lie in another folder.
     """
     refused, changed = {}, {}
     for name in sorted((saved["settings"].keys() | now["settings"].keys()) - {"resume", "replay", "out_dir"}):
@@ -121,7 +113,7 @@ def differences(saved, now, may_change):
 
 
 def resume_command(argv):
-    """What to type to go on with a run that was started with argv."""
+    """The command that resumes a run that was started with argv."""
     words = [sys.argv[0], *(arg for arg in argv if not arg.startswith("--resume=")), "--resume=true"]
     local, nodes = (os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
     start = f"{os.environ.get('LAUNCHER', 'torchrun')} --nproc_per_node={local}" if local else "python"
@@ -132,10 +124,10 @@ def resume_command(argv):
 
 @contextmanager
 def listen():
-    """A list that the names of SIGTERM, SIGUSR1 and SIGINT are added to when they come; the training loop looks at it.
+    """Give a list that collects the names of SIGTERM, SIGUSR1 and SIGINT as they come. The training loop looks at it.
 
-    A second Ctrl-C, two seconds or more after the first, ends the process at once. (torchrun hands on the first one
-    that the terminal has sent already, so that it comes twice.)
+    A second Ctrl-C ends the process at once if it comes more than two seconds after the first signal. An earlier one
+    may be the copy that torchrun sends.
     """
     heard, times = [], []
 

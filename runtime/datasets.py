@@ -1,7 +1,7 @@
 """
-Data sets on disk: written whole or not at all, and checked when they are opened.
+Data sets on disk. A set is written whole or not at all, and checked when it is opened.
 
-A data set is a folder with one meta.json and plain .npy arrays, which are memory-mapped. There are three kinds:
+A data set is a folder with a meta.json and plain .npy arrays, which are memory-mapped. There are three kinds:
 
     text     text.npy    uint16 [n]      the token ids of all documents in a row; each document ends with the text EOS
     speech   speech.npy  uint16 [m]      speech units 0 .. n_units-1; each document ends with the speech EOS = n_units
@@ -13,33 +13,32 @@ A data set is a folder with one meta.json and plain .npy arrays, which are memor
 
 meta.json holds {format, kind, source, documents, words, text: {tokens, vocab_size, eos, tokenizer}, speech: {tokens,
 n_units, rate, vocabulary}, sha256}. `tokenizer` and `vocabulary` are hashes of the tokenizer and of the units that the
-set was made with. A model reads only sets that were made with its own. A paired set can also be used as a text set or
+set was made with; a model reads only sets that were made with its own. A paired set can also be used as a text set or
 as a speech set. A folder of data sets can be used as one set with several shards.
 """
 import hashlib
 import json
 import reprlib
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from runtime.files import DataError, digest, get_field, read_array, read_json, whole_folder
+from runtime.files import DataError, digest, read_array, read_json, reading, whole_folder
 
 FORMAT = 1
-STREAMS = {"text": ("text",), "speech": ("speech",), "paired": ("text", "speech")}
-NUMBERS = {"text": ["text.tokens", "text.vocab_size", "text.eos"],  # what meta.json must say about each stream
-           "speech": ["speech.tokens", "speech.n_units", "speech.rate"]}
-FULL_CHECK = 1 << 26     # elements; arrays up to this size are checked whole when a set is opened, which takes 0.1 s
+STREAMS = {"text": ("text",), "speech": ("speech",), "paired": ("text", "speech")}  # of each kind of set
+FULL_CHECK = 1 << 26  # arrays of up to this many elements are checked whole when a set is opened, which takes 0.1 s
 
 
 def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
-    """Write a data set -> its meta.json as a dict. The folder appears whole, or not at all.
+    """Write a data set -> its meta.json as a dict. The folder appears whole or not at all.
 
-    documents   an iterable. For kind text and speech: of 1-D sequences of ids. For kind paired: of (text words, speech
-                words), two lists of equal length with the ids of each word. EOS is added here, as the last word.
-    tokenizer   has .vocab_size, .eos and .hash; needed where there is text
-    units       dict(n_units, rate in Hz, hash); needed where there is speech
+    documents   an iterable. Kinds text and speech: 1-D sequences of ids. Kind paired: pairs (text words, speech words),
+                two lists of equal length with the ids of each word. EOS is added here, as the last word.
+    tokenizer   has .vocab_size, .eos and .hash; needed for text
+    units       dict(n_units, rate in Hz, hash); needed for speech
     """
     folder, streams, paired = Path(folder), STREAMS[kind], kind == "paired"
     if folder.exists():
@@ -47,8 +46,8 @@ def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
     if (tokenizer and tokenizer.vocab_size > 1 << 16) or (units and units["n_units"] >= 1 << 16):
         raise DataError(f"{folder}: ids are kept in 16 bits: at most 65536 of a tokenizer and 65535 units")
     eos = {"text": tokenizer.eos if tokenizer else None, "speech": units["n_units"] if units else None}
-    tokens = {stream: [] for stream in streams}       # an array for each document
-    word_sizes = {stream: [0] for stream in streams}  # the tokens of each word, of all documents
+    tokens = {stream: [] for stream in streams}       # one array for each document
+    word_sizes = {stream: [0] for stream in streams}  # tokens of each word, over all documents
     starts = [0]
     for document in documents:
         for stream, words in zip(streams, document if paired else [[document]], strict=True):
@@ -83,7 +82,7 @@ def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
 
 
 def checksum(folder, meta):
-    """SHA-256 of meta.json, without its own sha256, and of all arrays in the folder, in hex."""
+    """SHA-256, in hex, of meta.json (without its entry sha256) and of all arrays in the folder."""
     total = hashlib.sha256(json.dumps({**meta, "sha256": None}, sort_keys=True).encode())
     for path in sorted(folder.glob("*.npy")):
         total.update(bytes.fromhex(digest(path)))
@@ -116,91 +115,82 @@ def open_set(folder, tokenizer=None, units=None, full=False):
     full               check every element and the sha256; otherwise long arrays are checked in samples
     Raises DataError naming the file, the fault and the remedy.
     """
-    folder = Path(folder)
-    meta = read_meta(folder / "meta.json")
-    for stream, key, wanted in (("text", "tokenizer", tokenizer), ("speech", "vocabulary", units)):
-        if wanted is not None and stream in STREAMS[meta["kind"]] and meta[stream].get(key) != wanted:
-            raise DataError(f"{folder / 'meta.json'}: made with {stream} {key} {reprlib.repr(meta[stream].get(key))}, "
-                            f"the model has {wanted!r}; make the set again with the model's own")
-    names = ["documents", *STREAMS[meta["kind"]]]
-    if meta["kind"] == "paired":
-        names += ["text_words", "speech_words"]
+    folder, path = Path(folder), Path(folder) / "meta.json"
+    if not path.exists():
+        raise DataError(f"{folder}: no data set here (no meta.json); make one with python -m corpora.NAME")
     try:
-        dataset = DataSet(folder, meta, **{name: read_array(folder / f"{name}.npy") for name in names})
+        meta = read_json(path)
+        with reading(path, "not a data set's description"):
+            expected = expected_arrays(meta)
+        arrays = {name: read_array(folder / f"{name}.npy") for name in expected}
     except ValueError as error:
         raise DataError(f"{error}; make the set again") from None
-    check_arrays(dataset, full)
-    check_ends(dataset, full)
+    for stream, key, wanted in (("text", "tokenizer", tokenizer), ("speech", "vocabulary", units)):
+        if wanted is not None and stream in STREAMS[meta["kind"]] and meta[stream].get(key) != wanted:
+            raise DataError(f"{path}: made with {stream} {key} {reprlib.repr(meta[stream].get(key))}, "
+                            f"the model has {wanted!r}; make the set again with the model's own")
+    dataset = DataSet(folder, meta, **arrays)
+    for name in expected:
+        fault = find_fault(arrays[name], name, *expected[name], full)
+        if not fault and name in ("text", "speech") and not all_end_with_eos(dataset, name, full):
+            fault = "has a document that does not end with its EOS"
+        if fault:
+            raise DataError(f"{folder / name}.npy: {fault}; make the set again")
     if full and "sha256" in meta and meta["sha256"] != checksum(folder, meta):
         raise DataError(f"{folder}: a file is not as it was written (sha256 in meta.json); make the set again")
     return dataset
 
 
-def read_meta(path):
-    """Read a meta.json and check that it holds all that opening its set needs -> dict. DataError."""
-    if not path.exists():
-        raise DataError(f"{path.parent}: no data set here (no meta.json); make one with python -m corpora.NAME")
-    try:
-        meta = read_json(path)
-    except ValueError as error:
-        raise DataError(f"{error}; make the set again") from None
-    if meta.get("kind") not in list(STREAMS):
-        raise DataError(f"{path}: not a data set's description (kind); make the set again")
-    fields = ["format", "documents", "words"] if meta["kind"] == "paired" else ["format", "documents"]
-    for stream in STREAMS[meta["kind"]]:
-        fields += NUMBERS[stream]
-    for field in fields:
-        if type(get_field(meta, field)) is not int:
-            raise DataError(f"{path}: not a data set's description ({field}); make the set again")
+def expected_arrays(meta):
+    """{name: (length, largest number)} of the arrays of a set. Raises some exception if meta.json makes no sense."""
     if meta["format"] != FORMAT:
-        raise DataError(f"{path}: format {meta['format']}, not {FORMAT}; make the set again")
-    return meta
-
-
-def array_error(dataset, name, fault):
-    return DataError(f"{dataset.folder / name}.npy: {fault}; make the set again")
-
-
-def check_arrays(dataset, full):
-    """Raise DataError if an array is not as long as meta.json says, or holds ids or offsets that cannot be."""
-    meta, streams, paired = dataset.meta, STREAMS[dataset.meta["kind"]], dataset.meta["kind"] == "paired"
-    # {name: (length, largest number)}
-    expected = {"documents": (meta["documents"] + 1, meta["words"] if paired else meta[streams[0]]["tokens"])}
+        raise ValueError(f"format {reprlib.repr(meta['format'])}, not {FORMAT}")
+    streams, paired = STREAMS[meta["kind"]], meta["kind"] == "paired"
+    tokens = {stream: index(meta[stream]["tokens"]) for stream in streams}
+    end = index(meta["words"]) if paired else tokens[streams[0]]  # of the last document
+    expected = {"documents": (index(meta["documents"]) + 1, end)}  # offsets come before what they point into
+    if paired:
+        expected |= {f"{stream}_words": (end + 1, tokens[stream]) for stream in streams}
     for stream in streams:
-        n_ids = meta["text"]["vocab_size"] if stream == "text" else meta["speech"]["n_units"] + 1
-        expected[stream] = meta[stream]["tokens"], n_ids - 1
-        if paired:
-            expected[f"{stream}_words"] = meta["words"] + 1, meta[stream]["tokens"]
-
-    for name, (length, largest) in expected.items():
-        array, is_offsets = getattr(dataset, name), name not in streams
-        dtype = np.dtype(np.int64 if is_offsets else np.uint16)
-        if array.dtype != dtype or array.shape != (length,) or length == 0:
-            raise array_error(dataset, name, f"is {array.dtype} {list(array.shape)}, not {dtype} [{length}]")
-        if is_offsets and (array[0] != 0 or array[-1] != largest):
-            raise array_error(dataset, name, f"goes from {array[0]} to {array[-1]}, not from 0 to {largest}")
-        least = 0 if name == "speech_words" else 1  # a short word may have no unit
-        for piece in pieces(array, full):
-            if piece.min() < 0 or piece.max() > largest:
-                raise array_error(dataset, name, f"holds a number outside 0..{largest}")
-            if is_offsets and (np.diff(piece) < least).any():
-                raise array_error(dataset, name, "has offsets that do not rise")
+        largest = index(meta["text"]["vocab_size"]) - 1 if stream == "text" else index(meta["speech"]["n_units"])
+        if not 0 <= eos_of(meta, stream) <= largest or index(meta.get("speech", {}).get("rate", 1)) < 1:
+            raise ValueError("eos or rate is out of range")
+        expected[stream] = tokens[stream], largest
+    return expected
 
 
-def check_ends(dataset, full):
-    """Raise DataError if a document does not end with its EOS."""
-    for stream in STREAMS[dataset.meta["kind"]]:
-        tokens, ends = getattr(dataset, stream), dataset.documents[1:]
-        if len(tokens) > FULL_CHECK and not full:  # to look at every document's end is to read most of the file
-            ends = ends[::-(1 + len(ends) // 1000)]
-        last, name = ends - 1, "documents"  # last: where the EOS of each document is
-        if dataset.meta["kind"] == "paired":  # so far this counts words, and the EOS must be a word of its own
-            name = f"{stream}_words"
-            offsets = getattr(dataset, name)
-            last, ends = offsets.take(last, mode="clip"), offsets.take(ends, mode="clip")
-        eos = dataset.meta[stream]["eos" if stream == "text" else "n_units"]
-        if (ends - last != 1).any() or (tokens.take(last, mode="clip") != eos).any():
-            raise array_error(dataset, name, "has a document that does not end with its EOS")
+def eos_of(meta, stream):
+    """The id that ends each document of a stream."""
+    return meta["text"]["eos"] if stream == "text" else meta["speech"]["n_units"]
+
+
+def find_fault(array, name, length, largest, full):
+    """What is wrong with an array, or "": its type, its length, or an id or offset that cannot be."""
+    is_offsets = name not in ("text", "speech")
+    dtype = np.dtype(np.int64 if is_offsets else np.uint16)
+    if array.dtype != dtype or array.shape != (length,) or length == 0:
+        return f"is {array.dtype} {list(array.shape)}, not {dtype} [{length}]"
+    if is_offsets and (array[0] != 0 or array[-1] != largest):
+        return f"goes from {array[0]} to {array[-1]}, not from 0 to {largest}"
+    least = 0 if name == "speech_words" else 1  # a short word may have no unit
+    for piece in pieces(array, full):
+        if piece.min() < 0 or piece.max() > largest:
+            return f"holds a number outside 0..{largest}"
+        if is_offsets and (np.diff(piece) < least).any():
+            return "has offsets that do not rise"
+    return ""
+
+
+def all_end_with_eos(dataset, stream, full):
+    """Is the last token of each document its EOS (and in a paired set the last word)?"""
+    tokens, ends = getattr(dataset, stream), dataset.documents[1:]
+    if len(tokens) > FULL_CHECK and not full:  # checking every document would read most of the file
+        ends = ends[::-(1 + len(ends) // 1000)]
+    last = ends - 1                            # the position of the EOS
+    if dataset.meta["kind"] == "paired":       # documents count words, so far
+        offsets = getattr(dataset, f"{stream}_words")
+        last, ends = offsets.take(last, mode="clip"), offsets.take(ends, mode="clip")
+    return (ends - last == 1).all() and (tokens.take(last, mode="clip") == eos_of(dataset.meta, stream)).all()
 
 
 def pieces(array, full):

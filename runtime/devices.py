@@ -1,5 +1,5 @@
 """
-Which device and which precision to compute in, and how to keep its memory.
+Which device and which precision to compute in, and how to reuse memory.
 """
 import ctypes
 import sys
@@ -8,19 +8,19 @@ import torch
 
 
 def pick_device(name):
-    """"auto", "cuda", "cpu" or "mps" -> the name of a device that is there. SystemExit."""
+    """"auto", "cuda", "cpu" or "mps" -> the name of a device that this machine has. SystemExit."""
     if name not in ("auto", "cuda", "cpu", "mps"):
         raise SystemExit(f"device={name}: choose auto, cuda, cpu or mps")
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        return next(device for device in there if there[device])
-    if not there[name]:
+        return next(device for device in available if available[device])
+    if not available[name]:
         raise SystemExit(f"device={name}: torch {torch.__version__} sees none on this machine; choose auto or cpu")
     return name
 
 
 def pick_dtype(name, device):
-    """"auto", "bfloat16" or "float32" -> a torch dtype."""
+    """"auto", "bfloat16" or "float32" -> a torch dtype. auto: bfloat16 where the hardware multiplies in it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -30,8 +30,9 @@ def pick_dtype(name, device):
 
 
 def reuse_memory():
-    """Have glibc keep freed memory: otherwise tensors come as new pages, mapped and cleared again in every CPU step."""
+    """Make glibc keep freed memory. Otherwise every training step on a CPU maps and clears new pages for its tensors.
+    """
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never give back; M_MMAP_MAX: all from the heap
-            getattr(libc, "mallopt", lambda *_: 0)(option, value)
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # musl has none
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
+        mallopt(-4, 0)   # M_MMAP_MAX: take everything from the heap

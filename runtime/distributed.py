@@ -1,8 +1,9 @@
 """
-Many processes as one: torchrun starts them, here they find each other and add up numbers.
+Many processes as one. torchrun starts them; here they find each other and add up numbers.
 """
 import json
 import os
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from runtime.devices import pick_device
 
 
 class World(NamedTuple):
-    """Where this process stands among all."""
+    """The place of this process among all."""
     rank: int = 0
     local_rank: int = 0  # on its machine
     size: int = 1
@@ -21,10 +22,12 @@ class World(NamedTuple):
 
 
 ALONE = World()
+NEW_NAME, OLD_NAME = "forward_sync_buffers", "broadcast_buffers"  # torch 2.13 has renamed an option
+SYNC_BUFFERS = NEW_NAME if NEW_NAME in signature(DistributedDataParallel).parameters else OLD_NAME
 
 
 def join_world(device_name):
-    """Join the processes that torchrun started, or be alone."""
+    """Join the processes that torchrun started -> World. Without torchrun this process is alone."""
     name = pick_device(device_name)
     rank, local_rank, size = (int(os.environ.get(key, default)) for key, default in
                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -33,9 +36,9 @@ def join_world(device_name):
         torch.cuda.set_device(world.device)
     if "RANK" in os.environ:
         store, *_ = next(dist.rendezvous("env://", rank, size))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, with dead addresses in it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has the dead processes after a restart
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        # gloo adds up numbers that are on the CPU, so that no process waits for its GPU to count targets
+        # gloo adds up numbers that are on the CPU, so that no process waits for its GPU to count targets.
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=size, device_id=world.device if name == "cuda" else None)
     return world
@@ -47,7 +50,7 @@ def leave_world():
 
 
 def all_sum(values, world):
-    """Sum numbers over all processes: float64 tensor on the CPU."""
+    """Sum numbers over all processes -> float64 tensor on the CPU."""
     values = torch.as_tensor(values).detach().cpu().double()
     if world.size > 1:
         dist.all_reduce(values)
@@ -55,9 +58,9 @@ def all_sum(values, world):
 
 
 def on_first(work, world):
-    """What work() returns on the first process, on all of them; anything that json can hold.
+    """Call work() in the first process, and return its result, which json can hold, in all of them.
 
-    If work() ends the script with SystemExit, all processes end, and only the first one says why.
+    If work() raises SystemExit, all processes end, and the first one says why.
     """
     found = [None, None]
     if world.rank == 0:
@@ -66,7 +69,7 @@ def on_first(work, world):
         except SystemExit as end:
             found = [None, str(end)]
     if world.size > 1:
-        text = json.dumps(found).encode()
+        text = json.dumps(found).encode()  # broadcast_object_list would unpickle
         size = int(all_sum(len(text) if world.rank == 0 else 0, world))
         letters = torch.frombuffer(bytearray(text.ljust(size)[:size]), dtype=torch.uint8)
         dist.broadcast(letters, 0)
@@ -78,10 +81,10 @@ def on_first(work, world):
 
 
 def distribute(model, world):
-    """The model as training calls it: with several processes its gradients are averaged over them in backward()."""
+    """The model as training calls it. With several processes, backward() averages its gradients over them."""
     if not dist.is_initialized():
         return model
-    for p in model.parameters():  # gradients that exist now become views of the buckets that are sent; gradients made
-        p.grad = torch.zeros_like(p) if p.requires_grad else None  # later would be second copies beside the buckets
+    for p in model.parameters():  # DDP turns gradients that exist into views of its buckets; later ones would be copies
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
     return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, broadcast_buffers=False)
+                                   gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})

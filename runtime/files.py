@@ -1,7 +1,8 @@
 """
-Files in and out. Reading: every fault is a ValueError that names the file. Writing: a file or folder appears whole.
+Reading and writing files. Nothing is unpickled: data is .npy, weights are .safetensors, all else is json or text.
 
-Nothing here unpickles. Data is .npy, weights are .safetensors, everything else is json.
+A reader turns every fault of a file into a ValueError of one line that names the file. What is written appears as a
+whole or not at all.
 """
 import csv
 import hashlib
@@ -15,53 +16,57 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_FILE = 1 << 28  # bytes of a file that is read whole; the largest tokenizer.json in use has about 1 << 25
+MAX_FILE = 1 << 28  # bytes of a file that is read into memory; the largest tokenizer.json in use has about 1 << 25
 
 
 class DataError(SystemExit):
-    """Data that cannot be used: one line with the file, the fault and the remedy. It ends a script."""
+    """Data that cannot be used. The message is one line with the file, the fault and the remedy. It ends a script."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
 
 def one_line(error):
-    """An exception of another package in one line."""
+    """The type and message of an exception in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def read_bytes(path, limit=MAX_FILE):
-    """The bytes of a file, unpacked if its name ends in .xz. ValueError if there are more than limit."""
+@contextmanager
+def reading(path, fault="cannot be read"):
+    """Turn any exception of the block into a ValueError that names the file. Damaged files cause exceptions of many
+    types in the libraries that read them.
+    """
     try:
-        with (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as file:
-            raw = file.read(limit + 1)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from None
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: {fault} ({getattr(error, 'strerror', None) or one_line(error)})") from None
+
+
+def read_bytes(path, limit=MAX_FILE):
+    """The bytes of a file, decompressed if its name ends in .xz. ValueError if there are more than limit."""
+    with reading(path), (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as file:
+        raw = file.read(limit + 1)
     if len(raw) > limit:
         raise ValueError(f"{path}: more than {limit} bytes")
     return raw
 
 
 def read_text(path):
-    """The text of a UTF-8 file, unpacked if its name ends in .xz. ValueError."""
-    try:
-        return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
+    """The text of a UTF-8 file, decompressed if its name ends in .xz. ValueError."""
+    raw = read_bytes(path)
+    with reading(path):
+        return raw.decode("utf-8")
 
 
 def parse_json(text, name, *kinds):
     """The value of a json text or bytes, of one of the types `kinds`. ValueError "NAME: ..."; NaN is refused too."""
     def refuse(constant):
-        raise ValueError(f"{constant} is no json")
+        raise ValueError(f"{constant} is not json")
 
-    try:
+    with reading(name, "no readable json"):
         value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: no readable json ({one_line(error)})") from None
-    if not isinstance(value, kinds):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{name}: no readable json (a {type(value).__name__}, not a {wanted})")
+        if not isinstance(value, kinds):
+            raise ValueError(f"a {type(value).__name__}, not a {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
 
@@ -78,7 +83,7 @@ def read_csv(path, columns):
         for column in columns:
             if header.count(column) != 1:
                 raise ValueError(f"{path}: no one column {column}; it needs {', '.join(columns)}")
-        for row in filter(None, reader):  # without empty lines
+        for row in filter(None, reader):  # empty lines are skipped
             if len(row) != len(header):
                 raise ValueError(f"{path}:{reader.line_num}: {len(row)} fields, {len(header)} columns")
             rows.append((reader.line_num, dict(zip(header, row))))
@@ -89,42 +94,27 @@ def read_csv(path, columns):
     return rows
 
 
-def get_field(value, path):
-    """The value at a path such as "model.type" in nested dicts and lists, or None."""
-    for key in path.split("."):
-        try:
-            value = value[int(key) if key.isdigit() else key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
 def read_array(path):
-    """The numbers in an .npy file, memory-mapped and read-only. ValueError, also for bytes too few or too many."""
-    try:
+    """The numbers in an .npy file, memory-mapped and read-only. ValueError, also for bytes missing or left over."""
+    with reading(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if type(array) is not np.memmap or array.dtype.kind not in "iuf":
             raise ValueError("not an array of numbers as numpy.save writes it")
         if array.offset + array.nbytes != os.path.getsize(path):
             raise ValueError(f"{os.path.getsize(path)} bytes, its header says {array.offset + array.nbytes}")
-    except Exception as error:  # a damaged header makes numpy raise many kinds of exceptions
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from None
     return array
 
 
 def read_tensors(path):
     """{name: tensor} of a .safetensors file, on the CPU. ValueError, also for weights that are not finite floats."""
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with reading(path):
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
     for name, tensor in tensors.items():
-        counter = tensor.dtype == torch.int64 and tensor.dim() == 0  # some HuBERTs count batches in their batch norm
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) and not counter:
+        is_counter = tensor.dtype == torch.int64 and tensor.dim() == 0  # batch norm in some HuBERTs counts its batches
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) and not is_counter:
             raise ValueError(f"{path}: tensor {name[:60]!r} is {tensor.dtype}, not floats of 16 bits or more")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: tensor {name[:60]!r} has values that are not finite; copy the file again")
@@ -142,9 +132,9 @@ def digest(path):
 
 @contextmanager
 def whole_folder(out):
-    """A new folder to write into. It becomes `out` when the block ends well; otherwise nothing is left of it.
+    """Give a new folder to write into. It becomes `out` if the block ends well; otherwise it is removed.
 
-    OSError if `out` holds something already, or if there is no room.
+    OSError if `out` exists and is not empty, or if the disk is full.
     """
     out = Path(out)
     folder = out.with_name(f".{out.name}.{os.getpid()}")
@@ -162,10 +152,7 @@ def whole_folder(out):
 
 
 def replace_file(path, text):
-    """Write a text file, and the folders above it, so that it holds the old text or the new one at every moment.
-
-    SystemExit if it cannot be written.
-    """
+    """Write a text file, and the folders above it. At every moment it holds the old text or the new one. SystemExit."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -178,7 +165,7 @@ def replace_file(path, text):
 
 
 def to_disk(path):
-    """Return once a file, or the list of files in a folder, would survive a power cut."""
+    """Wait until a file, or the list of files in a folder, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

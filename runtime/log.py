@@ -1,5 +1,5 @@
 """
-What a run tells: log.jsonl, lines and a bar on the terminal, wandb and TensorBoard if asked for.
+What a run reports: log.jsonl, lines and a bar on the terminal, and wandb and TensorBoard if asked for.
 """
 import importlib
 import json
@@ -20,15 +20,16 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "40
 class Log:
     """Adds up the losses of a run and writes them down. Only the first process writes."""
 
-    def __init__(self, c, world, place):
+    def __init__(self, c, world, progress):
         self.c, self.world, self.writes, self.sinks = c, world, world.rank == 0, []
         self.start()
         if not self.writes:
             return
         self.path, self.total = Path(c.out_dir) / "log.jsonl", sum(stage["steps"] for stage in c.stages.values())
-        self.lines = [line for line in read_log(c.out_dir) if line["step"] <= place["total"]]  # later ones come again
+        # Lines after the checkpoint are dropped, because their steps will be made again.
+        self.lines = [line for line in read_log(c.out_dir) if line["step"] <= progress["total"]]
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.bar = tqdm(total=self.total, initial=place["total"], disable=None, unit="step")
+        self.bar = tqdm(total=self.total, initial=progress["total"], disable=None, unit="step")
         if c.wandb_project:
             wandb = importlib.import_module("wandb")
             wandb.init(project=c.wandb_project, name=Path(c.out_dir).name, config=vars(c))
@@ -38,53 +39,46 @@ class Log:
             self.sinks.append(lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in flat(line).items()])
 
     def start(self):
-        """Begin to add up anew."""
-        self.sums = torch.zeros(5, dtype=torch.double)  # text nll, speech nll, entropy; of all processes: targets
+        """Begin a new line: set all sums to 0."""
+        self.sums = torch.zeros(5, dtype=torch.double)  # text nll, speech nll, entropy; targets of all processes
         self.norm, self.flops, self.steps, self.began = 0.0, 0, 0, time.perf_counter()
 
     def leave_out(self, seconds):
-        """Do not count so many seconds, spent on something else, as time of training."""
+        """Do not count these seconds as training, because the run did something else."""
         self.began += seconds
 
     def add(self, losses, counts, norm, flops):
-        """Add one step. losses: this process's sums [text nll, speech nll, entropy]; counts: all text, speech targets.
+        """Add a step. losses: this process's sums [text nll, speech nll, entropy]; counts: all text and speech targets.
         """
         self.sums += torch.tensor([*losses, *counts], dtype=torch.double)
         self.norm, self.flops, self.steps = max(self.norm, norm), self.flops + flops, self.steps + 1
 
-    def step(self, place, stage_name, rates):
-        """Write a line: means over the steps since the last one, and the largest gradient norm among them.
+    def step(self, progress, stage_name, rates):
+        """Write a line: means over the steps since the last line, and the largest gradient norm among them.
 
-        rates: (learning rate of the backbone, of what is added), now
+        rates: the present learning rates (of the backbone, of the new modules)
         """
         text_nll, speech_nll, entropy = all_sum(self.sums[:3], self.world).tolist()
         n_text, n_speech = self.sums[3:].tolist()
         seconds = time.perf_counter() - self.began
-        place["seconds"] += seconds
+        progress["seconds"] += seconds
         line = dict(
-            step=place["total"], stage=stage_name, stage_step=place["step"], tokens=place["tokens"],
-            flops=place["flops"], seconds=round(place["seconds"], 3), grad_norm=self.norm,
+            step=progress["total"], stage=stage_name, stage_step=progress["step"], tokens=progress["tokens"],
+            flops=progress["flops"], seconds=round(progress["seconds"], 3), grad_norm=self.norm,
             text_nll=text_nll / n_text if n_text else None, speech_nll=speech_nll / n_speech if n_speech else None,
             entropy=entropy / n_speech if n_speech else None, learning_rate=rates[0], speech_learning_rate=rates[1],
             tokens_per_second=self.steps * self.c.batch_tokens / seconds,
             mfu=utilisation(self.flops / seconds / self.world.size, self.world.device))
         self.start()
-        if not self.writes:
-            return
-        if found := spikes(line, self.lines):
-            line["spike"] = found
-        self.bar.update(line["step"] - self.bar.n)
-        minutes_left = (self.total - line["step"]) * line["seconds"] / line["step"] / 60
-        losses = "  ".join(f"{k} {line[k + '_nll']:.3f}" for k in ("text", "speech") if line[k + "_nll"] is not None)
-        shown_rates = "  ".join(f"{k} {line[k]:.1e}" for k in ("learning_rate", "speech_learning_rate") if line[k])
-        mfu = f"  mfu {100 * line['mfu']:.1f}%" if line["mfu"] else ""
-        spike = "".join(f"  SPIKE {k} {line[k]:.3g}" for k in found)
-        self.write(line, f"{stage_name} {line['stage_step']:5d}  {losses}  {shown_rates}  "
-                         f"{line['tokens_per_second']:,.0f} tokens/s{mfu}  {minutes_left:.1f} min left{spike}")
+        if self.writes:
+            if found := spikes(line, self.lines):
+                line["spike"] = found
+            self.bar.update(line["step"] - self.bar.n)
+            minutes_left = (self.total - line["step"]) * line["seconds"] / line["step"] / 60
+            self.write(line, f"{describe_step(line)}  {minutes_left:.1f} min left")
 
     def held_out(self, line):
-        if not self.writes:
-            return
+        """Write a line of held-out scores."""
         text = "   held out"
         for kind, nll in line.get("nll", {}).items():
             text += f"  {kind}: " + " ".join(f"{modality} {value:.3f}" for modality, value in nll.items())
@@ -93,11 +87,15 @@ class Log:
         self.write(line, text)
 
     def changed(self, line):
-        if self.writes and line["changed"]:
+        """Write what has changed since the run began, if anything."""
+        if line["changed"]:
             changes = (f"{key}: {was!r} -> {now!r}" for key, (was, now) in line["changed"].items())
             self.write(line, f"   changed  {'  '.join(changes)}")
 
     def write(self, line, text):
+        """Write a line to log.jsonl and wherever else it goes, and its text on the terminal. No fault stops the run."""
+        if not self.writes:
+            return
         self.lines.append(line)
         try:
             with open(self.path, "a") as file:
@@ -107,32 +105,42 @@ class Log:
         for sink in self.sinks:
             try:
                 sink(line)
-            except Exception as error:  # of the network, say; log.jsonl has all
-                tqdm.write(f"a line of the log was not sent on ({error}). Training goes on", file=sys.stderr)
+            except Exception as error:  # for example of the network; log.jsonl has the line
+                tqdm.write(f"wandb or TensorBoard did not take a line ({error}). Training goes on", file=sys.stderr)
         tqdm.write(text)
 
 
+def describe_step(line):
+    """A logged step as text for the terminal."""
+    losses = [f"{k} {line[k + '_nll']:.3f}" for k in ("text", "speech") if line[k + "_nll"] is not None]
+    rates = [f"{k} {line[k]:.1e}" for k in ("learning_rate", "speech_learning_rate") if line[k]]
+    parts = [*losses, *rates, f"{line['tokens_per_second']:,.0f} tokens/s"]
+    parts += [f"mfu {100 * line['mfu']:.1f}%"] if line["mfu"] else []
+    parts += [f"SPIKE {k} {line[k]:.3g}" for k in line.get("spike", {})]
+    return f"{line['stage']} {line['stage_step']:5d}  " + "  ".join(parts)
+
+
 def utilisation(flops_per_second, device):
-    """Share of the peak bf16 rate of a known GPU, else None."""
+    """The share of the device's peak bf16 rate; None for an unknown device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for key, peak in PEAK_BF16.items() if key in name), None)
     return flops_per_second / peak if peak else None
 
 
 def spikes(line, before, window=50, least=20, limit=5.0):
-    """{loss or gradient norm: robust deviations above the median of its stage's last `window` lines}, those > limit."""
+    """{loss or gradient norm that is far above the last lines of its stage: by how many robust standard deviations}."""
     found, before = {}, [x for x in before if x.get("stage") == line["stage"] and "tokens" in x][-window:]
     for key in ("text_nll", "speech_nll", "grad_norm"):
         past = [x[key] for x in before if x[key] is not None]
         if line[key] is not None and len(past) >= least:
             middle = statistics.median(past)
-            deviation = 1.4826 * statistics.median(abs(x - middle) for x in past)  # equals that of normal numbers
+            deviation = 1.4826 * statistics.median(abs(x - middle) for x in past)  # of normal numbers: sigma
             found[key] = round((line[key] - middle) / max(deviation, 0.01 * middle), 1)
     return {key: value for key, value in found.items() if value > limit}
 
 
 def flat(line, prefix=""):
-    """Nested numbers as one dict with names like held_out/text/speech."""
+    """The numbers of nested dicts as one dict with names like nll/text/speech."""
     found = {}
     for key, value in line.items():
         if isinstance(value, dict):
@@ -143,7 +151,7 @@ def flat(line, prefix=""):
 
 
 def read_log(out_dir):
-    """The lines of a run's log.jsonl. A last line without its end, torn by a crash, is left out. SystemExit."""
+    """The lines of a run's log.jsonl, without a last line that a crash has cut short. SystemExit."""
     path = Path(out_dir) / "log.jsonl"
     lines = path.read_text().split("\n") if path.exists() else [""]
     try:

@@ -9,7 +9,7 @@ import warnings
 
 import tiktoken
 
-from runtime.files import DataError, get_field, one_line, read_json
+from runtime.files import DataError, read_json, reading
 
 LONGEST_SPACE = 100_000  # whitespace characters in a row; a million would overflow tiktoken's regular expressions
 
@@ -18,26 +18,6 @@ LONGEST_SPACE = 100_000  # whitespace characters in a row; a million would overf
 # that follows it. Before a digit the run is kept whole, because there the GPT-2 pattern sees the end of its text.
 SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-# The fields of tokenizer.json that decide how a text is cut and merged, and the values that give our ids. The value
-# None stands for a field that is missing.
-SMOLLM_FIELDS = {
-    "normalizer": [None],
-    "pre_tokenizer.type": ["Sequence"],
-    "pre_tokenizer.pretokenizers.0.type": ["Digits"],
-    "pre_tokenizer.pretokenizers.0.individual_digits": [True],
-    "pre_tokenizer.pretokenizers.1.type": ["ByteLevel"],
-    "pre_tokenizer.pretokenizers.1.add_prefix_space": [False],
-    "pre_tokenizer.pretokenizers.1.use_regex": [True, None],
-    "pre_tokenizer.pretokenizers.2": [None],
-    "model.type": ["BPE"],
-    "model.dropout": [None],
-    "model.unk_token": [None],
-    "model.continuing_subword_prefix": [None, ""],
-    "model.end_of_word_suffix": [None, ""],
-    "model.byte_fallback": [False, None],
-}
-
-
 def byte_alphabet():
     """{character: byte}: the printable character that stands for each byte in a GPT-2 style vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -45,36 +25,49 @@ def byte_alphabet():
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def cutting_rules(spec):
+    """{field: settings} of a tokenizer.json that decide how a text is cut and merged."""
+    cut, merge = spec["pre_tokenizer"], spec["model"]
+    digits, letters = cut["pretokenizers"]
+    return {
+        "normalizer": spec.get("normalizer"),
+        "pre_tokenizer": [cut["type"], digits["type"], digits["individual_digits"], letters["type"],
+                          letters["add_prefix_space"], letters.get("use_regex") in (True, None)],
+        "model": [merge["type"], merge.get("dropout"), merge.get("unk_token"), merge.get("byte_fallback") or False,
+                  merge.get("continuing_subword_prefix") or "", merge.get("end_of_word_suffix") or ""]}
+
+
+SMOLLM_RULES = {"normalizer": None, "pre_tokenizer": ["Sequence", "Digits", True, "ByteLevel", False, True],
+                "model": ["BPE", None, None, False, "", ""]}
+
+
 def read_smollm_tokenizer(path):
     """Read a SmolLM-style tokenizer.json -> (vocabulary {bytes: id}, special tokens {name: id}).
 
     DataError for a tokenizer of any other kind, because our Tokenizer would give other ids.
     """
-    def check(condition, field, fault, remedy="take the tokenizer.json of a SmolLM model"):
+    def check(condition, field, fault):
         if not condition:
-            raise DataError(f"{path}: {field} {fault}; {remedy}")
+            raise DataError(f"{path}: {field} {fault}; take the tokenizer.json of a SmolLM model")
 
     try:
         spec = read_json(path)
+        with reading(path, "not a SmolLM tokenizer"):
+            found = cutting_rules(spec)
+            added, vocab = spec["added_tokens"], spec["model"]["vocab"]
+            only_specials = all(token.get("special") is True and token["content"].isprintable() for token in added)
+            specials = {token["content"]: token["id"] for token in added}
+            ids, agree = sorted((vocab | specials).values()), vocab | specials == specials | vocab
+            vocab = {token: i for token, i in vocab.items() if token not in specials}
+            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
+            merged, parts = [left + right for left, right in merges], {part for pair in merges for part in pair}
     except ValueError as error:
-        raise DataError(f"{error}; copy tokenizer.json from the model again") from None
-    for field, allowed in SMOLLM_FIELDS.items():
-        value = get_field(spec, field)
-        check(value in allowed, field, f"is {reprlib.repr(value)}, but SmolLM's is {allowed[0]!r}")
-    try:
-        added, vocab = spec["added_tokens"], spec["model"]["vocab"]
-        only_specials = all(token.get("special") is True and token["content"].isprintable() for token in added)
-        specials = {token["content"]: token["id"] for token in added}
-        ids, agree = sorted((vocab | specials).values()), vocab | specials == specials | vocab
-        vocab = {token: i for token, i in vocab.items() if token not in specials}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
-        merged, parts = [left + right for left, right in merges], {part for pair in merges for part in pair}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a SmolLM tokenizer ({one_line(error)}); copy it from the model again") from None
-
+        raise DataError(f"{error}; copy tokenizer.json from a SmolLM model again") from None
+    for field, wanted in SMOLLM_RULES.items():
+        check(found[field] == wanted, field, f"has {reprlib.repr(found[field])}, but SmolLM's has {wanted}")
     # HF finds an added token that is not special inside any text, where our Tokenizer would see its letters.
     check(only_specials, "added_tokens", "holds more than special tokens")
-    check("<|endoftext|>" in specials, "added_tokens", "has no <|endoftext|>, the end of a document", "add it")
+    check("<|endoftext|>" in specials, "added_tokens", "has no <|endoftext|>, the end of a document")
     check(agree and ids == list(range(len(ids))) and all(type(i) is int for i in ids), "model.vocab",
           "does not give every id from 0 on, with added_tokens, to one token")
     alphabet = byte_alphabet()

@@ -1,9 +1,9 @@
 """
-Waveforms to units, units to waveforms, and when each word is spoken: one concept a file.
+Waveforms to units, units to waveforms, and the times of words. Each file holds one concept.
 
-Speech enters the language model as *units*: small integers, 25 of them a second before runs of the same unit are
-collapsed to one. The paper's units come from HuBERT. Much cheaper ones, k-means clusters of mel cepstra, are good
-enough for a few synthetic speakers: the embedded demo uses them.
+Speech enters the language model as *units*: small integers, 25 per second before runs of the same unit are collapsed to
+one. The paper's units come from HuBERT. The demo uses k-means clusters of mel cepstra, which are much cheaper and good
+enough for a few synthetic speakers.
 
     waveform, words = espeak("The cat sat.")                  # float32 at 16 kHz, [(start, end), ...] in seconds
     vocabulary = load_units("data/demo/units")                # of any kind: mel, HuBERT

@@ -1,5 +1,7 @@
 """
-Sound files to waveforms: mono float32 at 16 kHz.
+Sound files to waveforms and back. A waveform is mono float32 at 16 kHz.
+
+libsndfile reads a file that breaks off as if it were a shorter one. Here that is an error.
 """
 import io
 import math
@@ -13,49 +15,38 @@ from runtime.files import one_line
 
 SAMPLE_RATE = 16000
 
-SLACK = 0.1  # seconds: manifests and transcripts round, so a span may end that much after the audio does
-RATES, MAX_SAMPLES, BLOCK = (4000, 384000), 1 << 28, 1 << 20  # Hz; of one span; read at once, of all channels
-AV_SUFFIXES = (".g722", ".m4a", ".mp4", ".webm")  # what libsndfile cannot read
+SLACK = 0.1  # seconds that a span may end after the audio does, because manifests and transcripts round
+MIN_RATE, MAX_RATE = 4000, 384000  # Hz
+MAX_SAMPLES = 1 << 28  # in one span
+AV_SUFFIXES = (".g722", ".m4a", ".mp4", ".webm")  # libsndfile cannot read these formats, PyAV can
 
 
 def read_audio(path, start=0.0, end=None, longest=math.inf):
     """
-    A sound file, or the span [start, end) of it in seconds, as mono float32 [n] at 16 kHz.
+    Read a sound file, or its span [start, end) in seconds, as float32 [n] at 16 kHz.
 
-    path: of a wav, flac, ogg, mp3 or NIST SPHERE (PCM) file, or the bytes of one; g722, m4a, mp4 and webm go through
-    PyAV. Only the span is read, of up to `longest` seconds; any rate is resampled, channels are averaged.
+    path: a wav, flac, ogg, mp3, NIST SPHERE (PCM), g722, m4a, mp4 or webm file, or the bytes of one of the first five.
+    longest: refuse a longer span, in seconds. Channels are averaged; other rates are resampled.
     Raises ValueError "unreadable audio: ...", "empty audio: ...", "audio is not finite: ...", "audio too long: ..." or
     "span outside the audio: ...".
     """
     import soundfile
 
-    name = "sound in a record" if isinstance(path, bytes) else path
+    in_memory = isinstance(path, bytes)
+    name = "sound in a record" if in_memory else os.fspath(path)
     try:
-        with io.BytesIO(path) if isinstance(path, bytes) else open(path, "rb") as file:
-            check_length(file, name)
-        if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith(AV_SUFFIXES):
-            path = decode_with_av(path)
-        with soundfile.SoundFile(io.BytesIO(path) if isinstance(path, bytes) else path) as file:
+        check_length(path, name)
+        source = io.BytesIO(path) if in_memory else path
+        with soundfile.SoundFile(decode_with_av(path) if name.endswith(AV_SUFFIXES) else source) as file:
             rate, seconds = file.samplerate, file.frames / file.samplerate
-            if not RATES[0] <= rate <= RATES[1]:
-                raise ValueError(f"unreadable audio: {name} says {rate} samples a second")
-            if file.frames == 0:
-                raise ValueError(f"empty audio: {name} has no samples")
-            if not 0 <= start < min(seconds, math.inf if end is None else end) or (end or 0) > seconds + SLACK:
-                raise ValueError(f"span outside the audio: [{start}, {end}) of {seconds:.2f} s in {name}")
-            first, last = round(start * rate), file.frames if end is None else min(round(end * rate), file.frames)
-            if last - first > min(longest * rate, MAX_SAMPLES):
-                raise ValueError(f"audio too long: {(last - first) / rate:.0f} s of {name}; give shorter spans")
+            first, last = find_span(file, name, start, end, longest)
             file.seek(first)
-            blocks = [np.zeros(0, np.float32)]  # by and by: what is there may be far less than the header says
-            while len(block := file.read(min(BLOCK // file.channels, last - file.tell()), "float32", always_2d=True)):
-                blocks.append(block.mean(1))
-            samples = np.concatenate(blocks)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ValueError(f"unreadable audio: {name} ({' '.join(str(error).split())})") from None
-    if len(samples) == 0:
+            samples = file.read(last - first, "float32", always_2d=True).mean(1)  # [n, channels] -> [n]
+    except (soundfile.LibsndfileError, OSError, MemoryError) as error:
+        raise ValueError(f"unreadable audio: {name} ({one_line(error)})") from None
+    if first == last:
         raise ValueError(f"empty audio: [{start}, {end}) holds no sample of {name}")
-    if len(samples) < last - first - SLACK * rate:
+    if len(samples) < max(1, last - first - SLACK * rate):
         broken = (first + len(samples)) / rate
         raise ValueError(f"unreadable audio: {name} breaks off after {broken:.2f} of {seconds:.2f} s")
     if not np.isfinite(samples).all():
@@ -63,33 +54,76 @@ def read_audio(path, start=0.0, end=None, longest=math.inf):
     return resample(samples, rate)
 
 
-def check_length(file, name):
-    """ValueError if a sound file has no bytes, fewer than its SPHERE or wav header says, or those of shorten.
+def find_span(file, name, start, end, longest):
+    """The first sample of a span of an open sound file, and the one after its last. Raises ValueError."""
+    rate, seconds = file.samplerate, file.frames / file.samplerate
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"unreadable audio: {name} says {rate} samples a second")
+    if file.frames == 0:
+        raise ValueError(f"empty audio: {name} has no samples")
+    end = seconds if end is None else end
+    if not 0 <= start < min(end, seconds) or end > seconds + SLACK:
+        raise ValueError(f"span outside the audio: [{start:g}, {end:g}) of {seconds:.2f} s in {name}")
+    first, last = round(start * rate), min(round(end * rate), file.frames)
+    if last - first > min(longest * rate, MAX_SAMPLES):
+        raise ValueError(f"audio too long: {(last - first) / rate:.0f} s of {name}; give shorter spans")
+    return first, last
 
-    libsndfile makes do with the bytes that are there. A wav written to a pipe says 0 or about 1 << 31 or 1 << 32.
-    """
-    head, there, needed = file.read(1024), file.seek(0, os.SEEK_END), 0
-    if not head:
+
+def check_length(path, name):
+    """Raise ValueError if a file, or the bytes of one, is empty or shorter than its SPHERE or wav header promises."""
+    promised = 0
+    with io.BytesIO(path) if isinstance(path, bytes) else open(path, "rb") as file:
+        head = file.read(1024)
+        if head.startswith(b"NIST_1A"):
+            promised = sphere_length(head, name)
+        elif head.startswith(b"RIFF"):
+            file.seek(12)
+            while chunk := file.read(8):  # the name of a chunk and its size
+                length = int.from_bytes(chunk[4:], "little")
+                if chunk.startswith(b"data"):
+                    promised = file.tell() + length if length < 0x7FFF0000 else 0  # a wav from a pipe says more
+                    break
+                file.seek(length + length % 2, os.SEEK_CUR)
+        size = file.seek(0, os.SEEK_END)
+    if size == 0:
         raise ValueError(f"empty audio: {name} has no bytes")
-    if head.startswith(b"NIST_1A"):
-        if b"shorten" in head:
-            raise ValueError(f"unreadable audio: {name} is compressed with shorten; convert it: sph2pipe -f wav")
-        said = re.findall(rb"\n(?:sample_count|channel_count|sample_n_bytes) -i (\d{1,12})[ \t\r]*(?=\n)", head)
-        start = re.match(rb"NIST_1A\r?\n *(\d{1,12})[ \t\r]*\n", head)
-        if not start or len(said) != 3:
-            raise ValueError(f"unreadable audio: {name} has no whole SPHERE header")
-        needed = int(start[1]) + math.prod(map(int, said))
-    elif head.startswith(b"RIFF") and head[8:12] == b"WAVE":
-        at = 12
-        for _ in range(1000):  # chunks: a name, its size, as many bytes, and one more if they are odd
-            file.seek(at)
-            chunk, size = file.read(4), int.from_bytes(file.read(4), "little")
-            if chunk == b"data":
-                needed = at + 8 + size if size < 0x7FFF0000 else 0
-                break
-            at += 8 + size + size % 2
-    if needed > there:
-        raise ValueError(f"unreadable audio: {name} breaks off: {there} bytes, by its header {needed}")
+    if size < promised:
+        raise ValueError(f"unreadable audio: {name} breaks off: {size} bytes, by its header {promised}")
+
+
+def sphere_length(head, name):
+    """The size of a SPHERE file in bytes, by its header. ValueError if that is damaged, or the samples compressed."""
+    if b"shorten" in head:
+        raise ValueError(f"unreadable audio: {name} is compressed with shorten; convert it: sph2pipe -f wav")
+    header = re.match(rb"NIST_1A\s+(\d+)\s", head)
+    sizes = re.findall(rb"^(?:sample_count|channel_count|sample_n_bytes) -i (\d+)\s", head, re.MULTILINE)
+    if not header or len(sizes) != 3:
+        raise ValueError(f"unreadable audio: {name} has no whole SPHERE header")
+    return int(header[1]) + math.prod(map(int, sizes))
+
+
+def decode_with_av(path):
+    """Decode a whole file with FFmpeg into a wav file in memory. Raises ValueError "unreadable audio: ..."."""
+    import soundfile
+
+    try:
+        import av
+    except ImportError:
+        raise RuntimeError(f"PyAV, which {path} needs, is missing: pip install av") from None
+    samples = [np.zeros(0, np.float32)]
+    try:
+        with av.open(os.fspath(path)) as container:
+            rate = container.streams.audio[0].rate
+            resampler = av.AudioResampler("flt", "mono", rate)
+            for frame in [*container.decode(audio=0), None]:  # None asks for what the resampler holds back
+                samples += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"unreadable audio: {path} ({one_line(error)})") from None
+    wav = io.BytesIO()
+    soundfile.write(wav, np.concatenate(samples), rate, format="WAV", subtype="FLOAT")
+    wav.seek(0)
+    return wav
 
 
 def resample(samples, rate):
@@ -100,29 +134,8 @@ def resample(samples, rate):
     return resample_poly(samples, SAMPLE_RATE // divisor, rate // divisor).astype(np.float32)
 
 
-def decode_with_av(path):
-    """A whole file that FFmpeg can decode as the bytes of a wav; ValueError "unreadable audio: ..."."""
-    import soundfile
-
-    try:
-        import av
-    except ImportError:
-        raise RuntimeError(f"PyAV, which {path} needs, is missing: pip install av") from None
-    try:
-        with av.open(os.fspath(path)) as container:
-            rate = container.streams.audio[0].rate
-            resampler = av.AudioResampler("flt", "mono", rate)
-            frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
-            samples = [frame.to_ndarray()[0] for frame in frames + resampler.resample(None)]
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"unreadable audio: {path} ({one_line(error)})") from None
-    out = io.BytesIO()
-    soundfile.write(out, np.concatenate(samples or [np.zeros(0, np.float32)]), rate, format="WAV", subtype="FLOAT")
-    return out.getvalue()
-
-
 def write_audio(path, waveform):
-    """Write float [n] at 16 kHz to a .wav or .flac. What is louder than full scale is made softer as a whole."""
+    """Write float [n] at 16 kHz to a .wav or .flac file. A waveform that exceeds full scale is scaled down."""
     import soundfile
 
     soundfile.write(path, waveform / max(1.0, np.abs(waveform).max(initial=0)), SAMPLE_RATE)

@@ -1,131 +1,105 @@
 """
 Units to a waveform with textlesslib's unit HiFi-GAN.
+
+The modules have the names of textlesslib's checkpoints (CodeHiFiGANVocoder), with the weight norm folded in.
+`python -m tools.convert vocoder` makes a folder for load_vocoder() out of such a checkpoint.
 """
 import math
 import os
-import reprlib
-from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 from runtime.files import one_line, read_json, read_tensors
 from speech.audio import SAMPLE_RATE
 
+# Settings of textlesslib's other vocoders, which need more than units to speak.
+UNSUPPORTED = ("multispkr", "multistyle", "f0", "f0_quant_num_bin", "embedder_params")
 
-class Vocoder(NamedTuple):
-    """HiFi-GAN V1 over embedded units, with a predictor of their durations (textlesslib's CodeHiFiGANVocoder)."""
-    config: dict
-    weights: dict  # tensors by the names in textlesslib's checkpoint, weight norm folded in
-    n_units: int
-    hop: int  # samples for one frame
 
+class Vocoder(nn.Module):
+    """HiFi-GAN V1 (Kong et al. 2020) over embedded units, with a predictor of how long each unit lasts."""
+
+    def __init__(self, config):
+        super().__init__()
+        for key in UNSUPPORTED:
+            if config.get(key):
+                raise ValueError(f"{key} is {config[key]!r}; vocoders with speakers, styles or pitch are not supported")
+        if config["sampling_rate"] != SAMPLE_RATE:
+            raise ValueError(f"sampling_rate is {config['sampling_rate']!r}; only {SAMPLE_RATE} is supported")
+        if not config.get("dur_predictor_params"):
+            raise ValueError("dur_predictor_params is missing; only vocoders that predict durations are supported")
+        self.n_units, d = config["num_embeddings"], config["embedding_dim"]
+        self.hop = math.prod(config["upsample_rates"])  # samples for one frame
+        channels = config["upsample_initial_channel"]
+        self.dict = nn.Embedding(self.n_units, d)
+        self.dur_predictor = DurationPredictor(d, config["dur_predictor_params"])
+        self.conv_pre = nn.Conv1d(d, channels, 7, padding=3)
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for rate, size in zip(config["upsample_rates"], config["upsample_kernel_sizes"], strict=True):
+            channels = channels // 2
+            self.ups.append(nn.ConvTranspose1d(2 * channels, channels, size, rate, padding=(size - rate) // 2))
+            for block in zip(config["resblock_kernel_sizes"], config["resblock_dilation_sizes"], strict=True):
+                self.resblocks.append(ResidualBlock(channels, *block))
+        self.conv_post = nn.Conv1d(channels, 1, 7, padding=3)
+
+    @torch.inference_mode()
     def speak(self, ids, durations=None):
-        """Units int64 [n] to a waveform float32 at 16 kHz; durations int64 [n] in frames, None: predicted."""
-        return vocode(ids, self, durations)
+        """Units int64 [n] to float32 samples at 16 kHz. durations: int64 [n] in frames; None: they are predicted."""
+        device = self.dict.weight.device
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            x = self.dict(torch.as_tensor(ids, device=device)).T                        # [d, n]
+            frames = self.dur_predictor(x) if durations is None else torch.as_tensor(durations, device=device)
+            x = self.conv_pre(x.repeat_interleave(frames, dim=1))                       # [channels, sum of frames]
+            n_blocks = len(self.resblocks) // len(self.ups)
+            for i, up in enumerate(self.ups):
+                x = up(F.leaky_relu(x, 0.1))                                            # [channels / 2, length * rate]
+                x = sum(block(x) for block in self.resblocks[i * n_blocks:(i + 1) * n_blocks]) / n_blocks
+            return torch.tanh(self.conv_post(F.leaky_relu(x)))[0].cpu().numpy()         # [sum of frames * hop]
 
 
-VOCODER_NUMBERS = ("num_embeddings", "embedding_dim", "upsample_rates", "upsample_kernel_sizes", "var_pred_hidden_dim",
-                   "resblock_kernel_sizes", "resblock_dilation_sizes", "upsample_initial_channel", "encoder_embed_dim")
+class ResidualBlock(nn.Module):
+    def __init__(self, channels, size, dilations):
+        super().__init__()
+        self.convs1, self.convs2 = nn.ModuleList(), nn.ModuleList()
+        for dilation in dilations:
+            padding = (size - 1) * dilation // 2
+            self.convs1.append(nn.Conv1d(channels, channels, size, dilation=dilation, padding=padding))
+            self.convs2.append(nn.Conv1d(channels, channels, size, padding=(size - 1) // 2))
+
+    def forward(self, x):
+        for first, second in zip(self.convs1, self.convs2):
+            x = x + second(F.leaky_relu(first(F.leaky_relu(x, 0.1)), 0.1))
+        return x
 
 
-def vocoder_shapes(config):
-    """{tensor name: shape} of a vocoder's weights; ValueError (one line) if the config is of another kind."""
-    c, shapes = config, {}
+class DurationPredictor(nn.Module):
+    def __init__(self, d, params):
+        super().__init__()
+        hidden, size = params["var_pred_hidden_dim"], params["var_pred_kernel_size"]
+        self.conv1 = nn.Sequential(nn.Conv1d(d, hidden, size, padding=(size - 1) // 2), nn.ReLU())
+        self.ln1 = nn.LayerNorm(hidden)
+        self.conv2 = nn.Sequential(nn.Conv1d(hidden, hidden, size, padding=(size - 1) // 2), nn.ReLU())
+        self.ln2 = nn.LayerNorm(hidden)
+        self.proj = nn.Linear(hidden, 1)
 
-    def expect(name, *shape, bias=None):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, (bias or shape[0],)
-
-    if not isinstance(c, dict):
-        raise ValueError("not the config of a unit HiFi-GAN: no object")
-    for name in ("multispkr", "multistyle", "f0", "f0_quant_num_bin", "embedder_params"):
-        if c.get(name):
-            said = reprlib.repr(c[name])
-            raise ValueError(f"{name} is {said}: vocoders with speakers, styles or pitch cannot be used here")
-
-    def flat(value):
-        return [x for inner in value for x in (inner if isinstance(inner, list) else [inner])]
-
-    try:
-        for name, value in [*c.items(), *c["dur_predictor_params"].items()]:
-            counts = flat(flat([value])) or [0]
-            if name in VOCODER_NUMBERS and not all(type(x) is int and 0 < x < 1 << 16 for x in counts):
-                raise TypeError(f"{name} is {reprlib.repr(value)}")
-        d, channels, hop = c["embedding_dim"], c["upsample_initial_channel"], math.prod(c["upsample_rates"])
-        size, hidden, inner = (c["dur_predictor_params"][name] for name in
-                               ("var_pred_kernel_size", "var_pred_hidden_dim", "encoder_embed_dim"))
-        for name, said, wanted in (("sampling_rate", c["sampling_rate"], SAMPLE_RATE), ("encoder_embed_dim", inner, d),
-                                   ("model_in_dim", c.get("model_in_dim", d), d), ("var_pred_kernel_size", size, 3),
-                                   ("code_hop_size", c.get("code_hop_size", hop), hop)):
-            if said != wanted:
-                raise ValueError(f"{name} is {said}, not {wanted}")
-        blocks = list(zip(c["resblock_kernel_sizes"], c["resblock_dilation_sizes"], strict=True))
-        for i, (_, size) in enumerate(zip(c["upsample_rates"], c["upsample_kernel_sizes"], strict=True)):
-            here = channels >> i + 1
-            expect(f"ups.{i}", 2 * here, here, size, bias=here)
-            for j, (size, dilations) in enumerate(blocks):
-                for name in (f"convs{k}.{m}" for k in (1, 2) for m in range(len(dilations))):
-                    expect(f"resblocks.{i * len(blocks) + j}.{name}", here, here, size)
-        shapes["dict.weight"] = (c["num_embeddings"], d)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"not the config of a unit HiFi-GAN with durations ({one_line(error)})") from None
-    for name, *shape in (("conv_pre", channels, d, 7), ("conv_post", 1, here, 7), ("dur_predictor.proj", 1, hidden),
-                         ("dur_predictor.conv1.0", hidden, d, 3), ("dur_predictor.conv2.0", hidden, hidden, 3),
-                         ("dur_predictor.ln1", hidden), ("dur_predictor.ln2", hidden)):
-        expect(name, *shape)
-    return shapes
-
-
-def check_weights(there, shapes, path):
-    """there: {name: shape}. ValueError that names the first tensor that is missing, too much or misshaped."""
-    for name in sorted(there.keys() | shapes.keys()):
-        if there.get(name) != shapes.get(name):
-            raise ValueError(f"{path}: {name} has shape {there.get(name)}, its config means {shapes.get(name)}")
+    def forward(self, x):
+        """[d, n] -> int64 [n], at least 1. The network predicts log(1 + frames)."""
+        x = self.ln1(self.conv1(x).T).T
+        x = self.ln2(self.conv2(x).T)
+        return torch.round(torch.exp(self.proj(x)[:, 0]) - 1).long().clamp(min=1)
 
 
 def load_vocoder(folder, device="cpu"):
-    """The vocoder that `python -m tools.convert vocoder` wrote into a folder; ValueError (one line) if anything is wrong."""
-    path = os.path.join(folder, "model.safetensors")
+    """The vocoder in a folder that `python -m tools.convert vocoder` wrote. Raises a ValueError of one line."""
     try:
-        config, weights = read_json(os.path.join(folder, "config.json")), read_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"{folder}: not a whole vocoder ({error}); convert it again") from None
-    try:
-        shapes = vocoder_shapes(config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    check_weights({name: tuple(tensor.shape) for name, tensor in weights.items()}, shapes, path)
-    weights = {name: tensor.float().to(device) for name, tensor in weights.items()}
-    return Vocoder(config, weights, config["num_embeddings"], math.prod(config["upsample_rates"]))
-
-
-def vocode(ids, vocoder, durations=None):
-    """Units int64 [n] to a waveform float32 [frames * hop]; durations int64 [n] in frames, None: predicted."""
-    import torch
-    from torch.nn import functional as F
-
-    w, config = vocoder.weights, vocoder.config
-
-    def conv(x, name, **how):
-        return F.conv1d(x, w[f"{name}.weight"], w[f"{name}.bias"], **how)
-
-    def predict(x):  # [n, d] -> frames [n]; the predictor gives log(1 + frames)
-        for layer in ("1", "2"):
-            x = F.relu(conv(x.T, f"dur_predictor.conv{layer}.0", padding=1)).T
-            x = F.layer_norm(x, x.shape[1:], w[f"dur_predictor.ln{layer}.weight"], w[f"dur_predictor.ln{layer}.bias"])
-        log_frames = F.linear(x, w["dur_predictor.proj.weight"], w["dur_predictor.proj.bias"])[:, 0]
-        return torch.round(torch.exp(log_frames) - 1).long().clamp(min=1)
-
-    def block(x, name, size, dilations):
-        for m, dilation in enumerate(dilations):
-            y = conv(F.leaky_relu(x, 0.1), f"{name}.convs1.{m}", dilation=dilation, padding=(size - 1) * dilation // 2)
-            x = x + conv(F.leaky_relu(y, 0.1), f"{name}.convs2.{m}", padding=(size - 1) // 2)
-        return x
-
-    blocks = list(zip(config["resblock_kernel_sizes"], config["resblock_dilation_sizes"]))
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        x = w["dict.weight"][torch.as_tensor(ids, device=w["dict.weight"].device)]
-        frames = predict(x) if durations is None else torch.as_tensor(durations, device=x.device)
-        x = conv(x.repeat_interleave(frames, 0).T, "conv_pre", padding=3)
-        for i, (rate, size) in enumerate(zip(config["upsample_rates"], config["upsample_kernel_sizes"])):
-            x = F.conv_transpose1d(F.leaky_relu(x, 0.1), w[f"ups.{i}.weight"], w[f"ups.{i}.bias"], stride=rate,
-                                   padding=(size - rate) // 2)
-            x = sum(block(x, f"resblocks.{i * len(blocks) + j}", *how) for j, how in enumerate(blocks)) / len(blocks)
-        return torch.tanh(conv(F.leaky_relu(x), "conv_post", padding=3))[0].cpu().numpy()
+        config = read_json(os.path.join(folder, "config.json"))
+        weights = read_tensors(os.path.join(folder, "model.safetensors"))
+        with torch.device("meta"):  # the weights take the places of tensors without memory
+            vocoder = Vocoder(config)
+        vocoder.load_state_dict(weights, assign=True)
+    except Exception as error:  # a damaged config makes torch raise many kinds
+        raise ValueError(f"{folder}: not a whole vocoder that can be used here ({one_line(error)}); "
+                         "convert it again") from None
+    return vocoder.float().eval().requires_grad_(False).to(device)

@@ -1,28 +1,49 @@
 """
-Folders of transformers' HuBERT and wav2vec 2.0 models.
+HuBERT and wav2vec 2.0 models in transformers' format. Both turn 16 kHz samples into frames by the same convolutions.
 """
-import math
 import os
 
-from runtime.files import read_tensors
+from runtime.files import read_json, read_tensors, reading
+
+
+def load_wav2vec(kind, folder):
+    """
+    The model in a folder with config.json and model.safetensors, in float32, for inference, on the CPU.
+
+    kind: the class in transformers, HubertModel or Wav2Vec2ForCTC. Nothing is downloaded. Raises a ValueError of one
+    line if the model cannot be loaded, or if any of its tensors is missing or has another shape.
+    """
+    import torch
+
+    with reading(folder, f"not a {kind.__name__} that can be loaded"):
+        model_type = read_json(os.path.join(folder, "config.json")).get("model_type")
+        if model_type != kind.config_class.model_type:
+            raise ValueError(f"model_type is {model_type!r}, not {kind.config_class.model_type!r}")
+        tensors = read_tensors(os.path.join(folder, "model.safetensors"))
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        frame_geometry(config)
+        # A wrong number in config.json could ask for more memory than there is. Tensors on "meta" take none.
+        with torch.device("meta"):
+            n_parameters = kind(config).num_parameters() if config.num_hidden_layers <= len(tensors) else float("inf")
+        if n_parameters > 2 * sum(tensor.numel() for tensor in tensors.values()) + 1e6:
+            raise ValueError("config.json asks for a larger model than model.safetensors holds")
+        model, report = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True,
+                                             ignore_mismatched_sizes=True, output_loading_info=True)
+    lacking = [str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]]]
+    lacking = sorted(key for key in lacking if not key.endswith("masked_spec_embed"))  # used in training only
+    if lacking:
+        raise ValueError(f"{folder}: model.safetensors does not have all of the model: {lacking[0]}; copy the folder "
+                         "again, or install a newer transformers (mHuBERT at 25 Hz needs 4.47)")
+    return model.float().eval().requires_grad_(False)
 
 
 def frame_geometry(config):
-    """(samples from one frame to the next, samples that a frame sees) of a HuBERT's or wav2vec 2.0's convolutions."""
-    if not all(type(n) is int and n > 0 for n in [*config.conv_stride, *config.conv_kernel]):
-        raise ValueError(f"conv_stride {config.conv_stride} and conv_kernel {config.conv_kernel} are no whole numbers")
-    receptive_field = 1 + sum((k - 1) * math.prod(config.conv_stride[:i]) for i, k in enumerate(config.conv_kernel))
-    return math.prod(config.conv_stride), receptive_field
-
-
-def check_size(kind, folder):
-    """ValueError if config.json cannot be, or asks for a far larger model than model.safetensors holds."""
-    import torch
-
-    tensors = read_tensors(os.path.join(folder, "model.safetensors"))
-    config = kind.config_class.from_pretrained(folder, local_files_only=True)
-    frame_geometry(config)
-    with torch.device("meta"):
-        model = kind(config) if config.num_hidden_layers <= len(tensors) else None
-    if model is None or model.num_parameters() > 2 * sum(tensor.numel() for tensor in tensors.values()) + 1e6:
-        raise ValueError("config.json asks for a larger model than model.safetensors holds")
+    """(samples from one frame to the next, samples that one frame sees) for the convolutions of a model's config."""
+    strides, kernels = config.conv_stride, config.conv_kernel
+    if not all(type(n) is int and n > 0 for n in [*strides, *kernels]):
+        raise ValueError(f"conv_stride {strides} and conv_kernel {kernels} must be positive integers")
+    hop, receptive_field = 1, 1
+    for stride, kernel in zip(strides, kernels):
+        receptive_field += (kernel - 1) * hop
+        hop *= stride
+    return hop, receptive_field

@@ -1,3 +1,4 @@
+"""Fixtures that several test files share."""
 import hashlib
 import importlib.metadata
 import os
@@ -24,15 +25,20 @@ def smollm2_folder():
     made_by = hashlib.sha256((ROOT / "tools/convert.py").read_bytes()).hexdigest()[:8]
     folder = cache / f"smollm2-135m-{made_by}"
     if not folder.exists():
-        for old in cache.glob("smollm2-135m-*"):  # what an earlier convert.py made: half a gigabyte each
+        for old in cache.glob("smollm2-135m-*"):  # made by earlier versions of convert.py: half a gigabyte each
             shutil.rmtree(old, ignore_errors=True)
-        convert.smollm2(folder)
+        temporary = cache / f"new-{os.getpid()}"
+        convert.smollm2(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another test run has just made it
+            shutil.rmtree(temporary)
     return folder
 
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
-    """A very small demo corpus: the real one's files, a few stories each."""
+    """A very small demo corpus: all files of the real one, with a few stories each."""
     pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[speech]'")
     from corpora import demo
 

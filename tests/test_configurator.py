@@ -1,3 +1,4 @@
+"""configurator.py: defaults, config files, the command line, and one-line messages for every mistake."""
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ def fails(argv, *parts, defaults=DEFAULTS):
 
 def write(folder, name, text):
     path = folder / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -50,6 +52,7 @@ def test_complete_is_called_after_the_file_and_after_the_overrides(tmp_path):
 
 
 def test_values_in_a_file(tmp_path):
+    """Arithmetic, names assigned above, nested values; and an override changes one of two stages that share a dict."""
     path = write(tmp_path, "a.py", """
 _tokens = 2**20
 steps = _tokens // (12 * 256)
@@ -70,10 +73,7 @@ stages = dict(stage1=_stage, stage2=_stage)
 @pytest.mark.parametrize("text, reason", [
     ("import os", "does not belong"), ("def f():\n  pass", "does not belong"), ("steps += 1", "does not belong"),
     ("a = steps = 1", "does not belong"), ("for steps in [1]:\n  pass", "does not belong"), ("1", "does not belong"),
-    ("steps = open(1)", "'open(1)' is not allowed"), ("steps = ().__class__", "'().__class__' is not allowed"),
-    ("steps = dict(a=len([1]))['a']", "'len([1])' is not allowed"), ("steps = lambda: 1", "is not allowed"),
-    ("steps = [i for i in [1]][0]", "is not allowed"), ("stages = {i: i for i in [1]}", "is not allowed"),
-    ("steps = [dict][0]()", "'[dict][0]()' is not allowed"), ("out_dir = f'{print}'", "'print' is not defined"),
+    ("steps = open(1)", "'open' is not defined"), ("steps = __import__('os')", "'__import__' is not defined"),
     ("steps = learning_rate", "'learning_rate' is not defined"), ("steps = 1 / 0", "division by zero"),
     ("steps = 'a' - 1", "unsupported operand")])
 def test_refused_statements(tmp_path, text, reason):
@@ -81,15 +81,10 @@ def test_refused_statements(tmp_path, text, reason):
     fails([path], f"{path}:2: {text.splitlines()[0]}", reason, "write ")
 
 
-def test_a_file_that_is_not_python(tmp_path):
-    fails([write(tmp_path, "a.py", "\nsteps = = 3")], "a.py", "line 2", "is not Python")
-
-
 def test_a_base_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(configurator, "ROOT", tmp_path)
-    (tmp_path / "config").mkdir()
-    write(tmp_path / "config", "grand.py", "steps = 1\nlearning_rate = 1\nout_dir = 'g'")  # found in ROOT/config
-    write(tmp_path / "config", "base.py", "base = 'nothing.py'")  # the file beside mine.py is preferred
+    write(tmp_path, "config/grand.py", "steps = 1\nlearning_rate = 1\nout_dir = 'g'")  # found in ROOT/config
+    write(tmp_path, "config/base.py", "base = 'nothing.py'")  # not used: mine.py's own folder has a base.py
     write(tmp_path, "base.py", "steps = 2\nbase = 'grand.py'\nlearning_rate = 2\n_a = 1")
     path = write(tmp_path, "mine.py", "steps = 3\nbase = 'base.py'")
     config, name = configure(DEFAULTS, [str(path)])
@@ -106,19 +101,17 @@ def test_a_file_is_found_in_the_current_folder_or_in_the_repository(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     fails(["config/train_tny.py"], "config/train_tny.py: no such config file", "train_tiny.py?")
     fails(["nowhere/train_tny.py"], "config/train_tiny.py?")
-    shipped = ROOT / "config" / "train_tiny.py"
-    fails(["config/train_tiny.py"], f"{shipped}:", "no setting", defaults=dict(other=1))
-    (tmp_path / "config").mkdir()
-    write(tmp_path / "config", "train_tiny.py", "steps = 5")
+    fails(["config/train_tiny.py"], f"{ROOT / 'config' / 'train_tiny.py'}:", "no setting", defaults=dict(other=1))
+    write(tmp_path, "config/train_tiny.py", "steps = 5")
     assert configure(DEFAULTS, ["config/train_tiny.py"])[0]["steps"] == 5
 
 
 @pytest.mark.parametrize("arg, value", [
-    ("learning_rate=1", 1.0), ("learning_rate=3*1e-4", 3 * 1e-4), ("learning_rate=-2", -2.0), ("steps=2**20", 2**20),
-    ("steps= 1e6", 10**6), ("compile=true", True), ("compile=Yes", True), ("compile=1", True), ("resume=false", False),
-    ("resume=No", False), ("resume=0", False), ("out_dir=123", "123"), ("out_dir=a=b", "a=b"), ("out_dir=", ""),
-    ("out_dir=--x y", "--x y"), ("text=['a', 'b']", ["a", "b"]), ("text=('a',)", ["a"]),
-    ("text={'a': 0.5}", {"a": 0.5}), ("stages=dict(x=dict(steps=1))", dict(x=dict(steps=1)))])
+    ("learning_rate=1", 1.0), ("learning_rate=3*1e-4", 3 * 1e-4), ("steps=2**20", 2**20), ("steps= 1e6", 10**6),
+    ("compile=true", True), ("compile=Yes", True), ("compile=1", True), ("resume=false", False), ("resume=No", False),
+    ("resume=0", False), ("out_dir=123", "123"), ("out_dir=a=b", "a=b"), ("out_dir=", ""), ("out_dir=--x y", "--x y"),
+    ("text=['a', 'b']", ["a", "b"]), ("text=('a',)", ["a"]), ("text={'a': 0.5}", {"a": 0.5}),
+    ("stages=dict(x=dict(steps=1))", dict(x=dict(steps=1)))])
 def test_overrides_take_the_type_of_the_default(arg, value):
     defaults = DEFAULTS | dict(resume=True, out_dir="out")
     config, _ = configure(defaults, [f"--{arg}"])
@@ -126,21 +119,31 @@ def test_overrides_take_the_type_of_the_default(arg, value):
     assert config == defaults | {key: value} and type(config[key]) is type(value)
 
 
-def test_dotted_keys():
+def test_dotted_keys_change_one_value():
     argv = ["--stages.stage1.steps=1e1", "--stages.stage1.train=all", "--stages.stage2.learning_rate=1"]
     assert configure(DEFAULTS, argv)[0]["stages"] == dict(
         stage1=dict(steps=10, learning_rate=1e-3, train="all"), stage2=dict(steps=20, learning_rate=1.0))
-    fails(["--stages.stage1.stps=1"], "no setting stages.stage1.stps; did you mean stages.stage1.steps?")
-    fails(["--stages.stge2.steps=1"], "no setting stages.stge2; did you mean stages.stage2?")
-    fails(["--stages.stage1.steps.x=1"], "stages.stage1.steps is 10", "write --stages.stage1.steps=value")
-    fails(["--stages.stage1.steps=x"], "command line: --stages.stage1.steps=x is 'x', of type str", "int, like 10")
-    fails(["--text.a=1"], "text is []")
 
 
-def test_unknown_keys_name_the_nearest(tmp_path):
-    fails(["--learning_rte=1"], "command line: no setting learning_rte; did you mean learning_rate?")
+@pytest.mark.parametrize("argv, parts", [
+    ("--stages.stage1.stps=1", ["no setting stages.stage1.stps; did you mean stages.stage1.steps?"]),
+    ("--stages.stge2.steps=1", ["no setting stages.stge2; did you mean stages.stage2?"]),
+    ("--stages.stage1.steps.x=1", ["stages.stage1.steps is 10", "write --stages.stage1.steps=value"]),
+    ("--stages.stage1.steps=x", ["--stages.stage1.steps=x is 'x', of type str", "int, like 10"]),
+    ("--text.a=1", ["text is []"]), ("--compile", ["--compile has no value; write --compile=value"]),
+    ("-x", ["write --x=value"]), ("--steps no_file", ["no_file: no such config file"]),
+    ("a.py b.py", ["second config file"]), ("--steps=9e", ["--steps=9e is '9e'"]), ("--steps=steps", ["is 'steps'"]),
+    ("--text=len", ["is 'len', of type str; give a value of type list"]),
+    ("--learning_rte=1", ["no setting learning_rte; did you mean learning_rate?"])])
+def test_wrong_command_lines(argv, parts):
+    fails(argv.split(), "command line: ", *parts)
+
+
+def test_mistakes_in_a_file_name_the_line(tmp_path):
     path = write(tmp_path, "a.py", "steps = 1\n\nlerning_rate = 1\n")
     fails([path], f"{path}:3: lerning_rate = 1: no setting lerning_rate; did you mean learning_rate?")
+    fails([write(tmp_path, "a.py", "\nsteps = = 3")], "a.py", "line 2", "is not Python")
+    fails([write(tmp_path, "a.py", "out_dir = 3")], "out_dir = 3 is 3, of type int; give a value of type str")
     assert nearest("xyz", ["steps"]) == "steps"
 
 
@@ -153,19 +156,6 @@ def test_wrong_types_name_the_place_and_the_wanted_type(tmp_path, key, text):
     wanted = "give true or false" if key == "compile" else f"give a value of type {type(DEFAULTS[key]).__name__}"
     fails([path], f"{path}:1: {key} = ", wanted, repr(DEFAULTS[key]))
     fails([f"--{key}={text}"], f"command line: --{key}={text} is ", wanted)
-
-
-def test_a_number_in_a_file_is_not_a_string(tmp_path):
-    fails([write(tmp_path, "a.py", "out_dir = 3")], "out_dir = 3 is 3, of type int; give a value of type str")
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--compile"], "--compile has no value; write --compile=value"), (["-x"], "write --x=value"),
-    (["--steps", "no_file"], "no_file: no such config file"), (["a.py", "b.py"], "second config file"),
-    (["--steps=9e"], "--steps=9e is '9e'"), (["--steps=steps"], "is 'steps'"),
-    (["--text=[].copy()"], "is '[].copy()', of type str; give a value of type list")])
-def test_wrong_command_lines(argv, message):
-    fails(argv, "command line: ", message)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

@@ -1,4 +1,4 @@
-"""data.py: the sets on disk, and sampling against a slow and obvious implementation."""
+"""data.py and runtime/datasets.py: sets on disk, and sampling against a slow and obvious implementation."""
 import json
 import shutil
 import subprocess
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from model import make_layout
 from runtime import datasets
 from runtime.distributed import ALONE, World
 from runtime.files import DataError
@@ -95,7 +96,9 @@ def test_a_sequence_is_the_same_in_any_batch(folders, start, cuts):
     everything = {}
     for index in np.split(np.arange(start, start + 12), sorted(set(cuts))):
         rows = data.sample(sources(folders), MIXTURE, 1, 2, index, 33, VOCAB)
-        assert (rows[data.kinds_of(MIXTURE, index) == "text"] < 100).all()
+        kinds = data.kinds_of(MIXTURE, index)
+        assert (rows[kinds == "text"] < 100).all()
+        assert ((rows[kinds == "speech"] >= 100) & (rows[kinds == "speech"] < 121)).all()
         everything |= dict(zip(index.tolist(), rows.tolist(), strict=True))
     for i, row in everything.items():
         alone = data.sample(sources(folders), MIXTURE, 1, 2, [i], 33, VOCAB)
@@ -108,15 +111,6 @@ def test_kinds_come_in_exact_parts():
     assert all({"text", "speech", "interleaved"} == set(data.kinds_of(MIXTURE, np.arange(i, i + 3))) for i in range(9))
 
 
-def test_rows_hold_what_their_kind_says(folders):
-    rows = data.sample(sources(folders), MIXTURE, 0, 0, np.arange(300), 257, VOCAB)
-    kinds = data.kinds_of(MIXTURE, np.arange(300))
-    assert (rows[kinds == "text"] < 100).all()
-    assert ((rows[kinds == "speech"] >= 100) & (rows[kinds == "speech"] < 121)).all()
-    mixed = rows[kinds == "interleaved"]
-    assert len(mixed) == 100 and (mixed == 121).any(1).all() and (mixed < 122).all()
-
-
 def test_windows_reach_both_ends_and_differ_by_seed_and_stage(folders):
     shard, index = datasets.open_set(folders / "text"), np.arange(200)
     length = len(shard.text) - 1  # two places to start
@@ -125,40 +119,39 @@ def test_windows_reach_both_ends_and_differ_by_seed_and_stage(folders):
     assert 60 < first.sum() < 140 and (rows[~first] == shard.text[1:]).all()
     for seed, stage in ((1, 0), (0, 1)):
         assert (data.windows(shard, "text", seed, stage, index, length, VOCAB) != rows).any()
-    with pytest.raises(DataError, match="1530 tokens, fewer than a sequence of 1531"):
-        data.open_source("text", [folders / "text"], length=1531)
 
 
-def test_weights_of_sets(tmp_path):
-    for name, token, size in (("a", 5, 900), ("b", 6, 100)):
+def test_sets_are_drawn_by_size_or_by_weight(tmp_path):
+    for name, token, size in (("set/a", 5, 900), ("set/b", 6, 100)):
         datasets.write_set(tmp_path / name, "text", [np.full(size, token)], TOKENIZER)
-    index = np.arange(4000)
-    a, b = tmp_path / "a", tmp_path / "b"
-    for sets, share in (([a, b], 901 / 1002), ({a: 0.2, b: 0.6}, 0.25)):
-        rows = data.sample({"text": data.open_source("text", sets)}, dict(text=1), 3, 0, index, 9, VOCAB)
-        assert (rows == 5).any(1).mean() == pytest.approx(share, abs=0.03)
+    index, a, b = np.arange(4000), tmp_path / "set/a", tmp_path / "set/b"
+    for sets, share in (([a, b], 901 / 1002), ({a: 0.2, b: 0.6}, 0.25), ([tmp_path / "set"], 901 / 1002)):
+        source = data.open_source("text", sets)
+        rows = data.sample({"text": source}, dict(text=1), 3, 0, index, 9, VOCAB)
+        assert (rows == 5).any(1).mean() == pytest.approx(share, abs=0.03) and source.cumulated[0] == share
 
 
-def test_sharded_set_is_drawn_by_size(tmp_path):
-    for name, token, size in (("00", 5, 600), ("01", 6, 200)):
-        datasets.write_set(tmp_path / "set" / name, "text", [np.full(size, token)], TOKENIZER)
-    source = data.open_source("text", [tmp_path / "set"])
-    assert len(source.shards) == 2 and source.cumulated == pytest.approx([601 / 802, 1])
-
-
-# bad data: one clear line that names the file
-
-def spoil(folder, name, change):
-    array = np.load(folder / f"{name}.npy")
-    np.save(folder / f"{name}.npy", change(array))
-
+# ---------------------------------------------------------------------------------------------------------------------
+# faults of data sets: one line that names the file
 
 def put(position, value):
+    """A function that changes one element of an array."""
     def change(array):
         array = array.copy()
         array[position] = value
         return array
     return change
+
+
+def overflow(array):
+    """Offsets whose differences seem to rise only because they overflow."""
+    return np.concatenate([array[:3], [2**63 - 1, -2], array[5:]])
+
+
+@pytest.fixture
+def paired(folders, tmp_path):
+    """A copy of the paired set, to be damaged."""
+    return shutil.copytree(folders / "paired", tmp_path / "set")
 
 
 @pytest.mark.parametrize("name, change, message", [
@@ -167,75 +160,77 @@ def put(position, value):
     ("text", lambda a: a[:-1], "text.npy: is uint16 .*, not uint16"),
     ("text", lambda a: a.astype(np.int32), "text.npy: is int32 .*, not uint16"),
     ("text", lambda a: a[None], "text.npy: is uint16 .*, not uint16"),
-    ("text", put(-1, 7), "text_words.npy: has a document that does not end with its EOS"),
+    ("text", put(-1, 7), "text.npy: has a document that does not end with its EOS"),
     ("text_words", put(4, 0), "text_words.npy: has offsets that do not rise"),
+    ("text_words", overflow, "text_words.npy: holds a number outside 0.."),
     ("speech_words", put(4, 10**6), "speech_words.npy: holds a number outside 0.."),
     ("text_words", put(0, 1), "text_words.npy: goes from 1 to"),
     ("documents", put(1, 0), "documents.npy: has offsets that do not rise"),
-    ("documents", put(1, 1), "_words.npy: has a document that does not end with its EOS"),
-    ("documents", lambda a: a.astype(np.float64), "documents.npy: is float64 .*, not int64")])
-def test_faults_are_named(folders, tmp_path, name, change, message):
-    folder = tmp_path / "set"
-    shutil.copytree(folders / "paired", folder)
-    datasets.open_set(folder)
-    spoil(folder, name, change)
+    ("documents", put(1, 1), "npy: has a document that does not end with its EOS"),
+    ("documents", lambda a: a.astype(np.float64), "documents.npy: is float64 .*, not int64"),
+    ("documents", lambda a: np.array([0, {}], object), "documents.npy: cannot be read")])
+def test_faults_of_arrays_are_named(paired, name, change, message):
+    datasets.open_set(paired)
+    np.save(paired / f"{name}.npy", change(np.load(paired / f"{name}.npy")), allow_pickle=True)
     with pytest.raises(DataError, match=message):
-        datasets.open_set(folder)
+        datasets.open_set(paired)
 
 
-def test_what_is_no_set_is_refused(folders, tmp_path):
-    with pytest.raises(DataError, match="no data set here"):
-        datasets.open_set(tmp_path)
-    with pytest.raises(DataError, match="made with text tokenizer 't', the model has 'x'"):
-        datasets.open_set(folders / "paired", tokenizer="x")
-    with pytest.raises(DataError, match="made with speech vocabulary 'u', the model has 'x'"):
-        datasets.open_set(folders / "speech", units="x")
-    with pytest.raises(DataError, match="a text set cannot give interleaved"):
-        data.open_source("interleaved", [folders / "text"])
-    with pytest.raises(DataError, match="exists already"):
-        datasets.write_set(folders / "text", "text", [[1]], TOKENIZER)
-    (tmp_path / "meta.json").write_text(json.dumps(dict(kind="video")))
-    with pytest.raises(DataError, match="meta.json: not a data set's description"):
-        datasets.open_set(tmp_path)
-    shutil.copytree(folders / "text", tmp_path / "torn")
-    (tmp_path / "torn" / "text.npy").write_bytes((tmp_path / "torn" / "text.npy").read_bytes()[:500])
-    with pytest.raises(DataError, match="text.npy: cannot be read"):
-        datasets.open_set(tmp_path / "torn")
+@pytest.mark.parametrize("change, message", [
+    (dict(kind="video"), "meta.json: not a data set's description"),
+    (dict(format=2), "meta.json: not a data set's description .*format 2, not 1"),
+    (dict(words="many"), "meta.json: not a data set's description"),
+    (dict(speech=dict(tokens=3)), "meta.json: not a data set's description"),
+    (dict(text=dict(tokens=3, vocab_size=100, eos=[])), "meta.json: not a data set's description"),
+    (dict(documents=41), "documents.npy: is int64")])
+def test_faults_of_descriptions_are_named(paired, change, message):
+    meta = json.loads((paired / "meta.json").read_text())
+    (paired / "meta.json").write_text(json.dumps(meta | change))
+    with pytest.raises(DataError, match=message):
+        datasets.open_set(paired)
 
 
-def test_data_py_finds_what_opening_cannot(folders, tmp_path):
-    shutil.copytree(folders / "paired", tmp_path / "set")
-    array = np.load(tmp_path / "set" / "speech.npy")
-    spoil(tmp_path / "set", "speech", put(3, (array[3] + 1) % 20))  # a unit like any other
-    datasets.open_set(tmp_path / "set")
+@pytest.mark.parametrize("use, message", [
+    (lambda folders: datasets.open_set(folders), "no data set here"),
+    (lambda folders: datasets.open_set(folders / "paired", tokenizer="x"), "made with text tokenizer 't', the"),
+    (lambda folders: datasets.open_set(folders / "speech", units="x"), "made with speech vocabulary 'u', the"),
+    (lambda folders: data.open_source("interleaved", [folders / "text"]), "a text set cannot give interleaved"),
+    (lambda folders: data.open_source("text", []), "text: no data set named"),
+    (lambda folders: data.open_source("text", [folders / "text"], length=1531), "1530 tokens, fewer than a"),
+    (lambda folders: data.open_source("text", {folders / "text": -1}), "the weights of the data sets are .*; give pos"),
+    (lambda folders: datasets.write_set(folders / "text", "text", [[1]], TOKENIZER), "exists already")])
+def test_wrong_uses_are_refused(folders, use, message):
+    with pytest.raises(DataError, match=message):
+        use(folders)
+
+
+def test_the_full_check_compares_the_hash(paired):
+    array = np.load(paired / "speech.npy")
+    np.save(paired / "speech.npy", put(3, (array[3] + 1) % 20)(array))  # a unit like any other
+    datasets.open_set(paired)
     with pytest.raises(DataError, match="set: a file is not as it was written"):
-        datasets.open_set(tmp_path / "set", full=True)
-    meta = json.loads((tmp_path / "set" / "meta.json").read_text())
-    del meta["sha256"]  # as sets had it once
-    (tmp_path / "set" / "meta.json").write_text(json.dumps(meta))
-    datasets.open_set(tmp_path / "set", full=True)
+        datasets.open_set(paired, full=True)
+    meta = json.loads((paired / "meta.json").read_text())
+    del meta["sha256"]  # older sets have none
+    (paired / "meta.json").write_text(json.dumps(meta))
+    datasets.open_set(paired, full=True)
 
 
 def test_data_py_checks_every_shard(folders, tmp_path):
+    def data_py(*arguments):
+        done = subprocess.run([sys.executable, data.__file__, *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
     for i in range(2):
         shutil.copytree(folders / "paired", tmp_path / f"shards/shard-{i}-of-2-00000")
-    command = [sys.executable, data.__file__, tmp_path / "shards"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count('"sha256"') == 2
+    code, out, _ = data_py(tmp_path / "shards")
+    assert code == 0 and out.count('"sha256"') == 2
     (tmp_path / "shards/shard-1-of-2-00000/text.npy").write_bytes(b"")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "shard-1-of-2-00000/text.npy: cannot be read" in done.stderr
-    for arguments, code in (([], 1), (["--help"], 0)):
-        done = subprocess.run([*command[:2], *arguments], capture_output=True, text=True)
-        assert done.returncode == code and "python data.py FOLDER" in done.stdout + done.stderr
-
-
-def test_offsets_whose_differences_overflow(folders, tmp_path):
-    shutil.copytree(folders / "paired", tmp_path / "set")
-    spoil(tmp_path / "set", "text_words", lambda a: np.concatenate([a[:3], [2**63 - 1, -2], a[5:]]))
-    assert (np.diff(np.load(tmp_path / "set" / "text_words.npy")) > 0).all()
-    with pytest.raises(DataError, match="text_words.npy: holds a number outside 0.."):
-        datasets.open_set(tmp_path / "set")
+    code, _, error = data_py(tmp_path / "shards")
+    assert code == 1 and "shard-1-of-2-00000/text.npy: cannot be read" in error
+    code, out, _ = data_py("--help")
+    assert code == 0 and "python data.py FOLDER" in out
+    code, _, error = data_py()
+    assert code == 1 and error == "name the folder of a data set: python data.py FOLDER\n"
 
 
 def test_long_arrays_are_checked_in_samples(tmp_path, monkeypatch):
@@ -262,22 +257,16 @@ def test_long_arrays_are_checked_in_samples(tmp_path, monkeypatch):
             datasets.open_set(tmp_path / "set", full=not sampled)
 
 
-def test_nothing_pickled_is_read(folders, tmp_path):
-    shutil.copytree(folders / "text", tmp_path / "set")
-    np.save(tmp_path / "set" / "documents.npy", np.array([0, {}], object), allow_pickle=True)
-    with pytest.raises(DataError, match="documents.npy: cannot be read"):
-        datasets.open_set(tmp_path / "set")
-
-
-def test_writing_is_atomic(tmp_path):
+def test_a_set_whose_corpus_fails_leaves_nothing(tmp_path):
     def documents():
         yield [1, 2]
         raise RuntimeError("the corpus ends here")
     with pytest.raises(RuntimeError):
         datasets.write_set(tmp_path / "set", "text", documents(), TOKENIZER)
-    assert not (tmp_path / "set").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # batches
 
 RUN = SimpleNamespace(seed=3, batch_tokens=64 * 12, sequence_length=64, micro_batch=5, text_span=(10, 30),
@@ -314,30 +303,9 @@ def test_micro_batches_are_cut_by_kind(folders, mixture, sizes, train):
         assert alone or "text" not in data.kinds_of(mixture, batch.index)
         skips = alone and (train == "text" or train == "all" and batch is not batches[-1])
         assert (batch.layout.speech is None) == skips
-
-
-def test_the_last_micro_batch_has_speech_even_if_it_is_empty(folders):
-    for train in ("all", "new"):
-        stage = dict(mixture=dict(text=1), train=train)
-        last = data.micro_batches(0, sources(folders), stage, 0, RUN, VOCAB, ALONE)[-1]
-        assert last.layout.speech.tolist() == [] and (last.ids < 100).all()
-
-
-def test_layouts_equal_the_slow_ones(folders):
-    for batch in data.micro_batches(1, sources(folders), dict(mixture=MIXTURE, train="all"), 0, RUN, VOCAB, ALONE):
-        text, speech, runs = [], [], []
-        for row, (ids, targets) in enumerate(zip(batch.ids.tolist(), batch.targets.tolist(), strict=True)):
-            before = None
-            for column, (i, target) in enumerate(zip(ids, targets, strict=True)):
-                if target != 121:
-                    (text if target < 100 else speech).append(64 * row + column)
-                if before != (100 <= i < 121):
-                    runs.append(64 * row + column)
-                before = 100 <= i < 121
-        assert batch.layout.text.tolist() == text
-        assert speech == ([] if batch.layout.speech is None else batch.layout.speech.tolist())
-        assert batch.layout.runs[:len(runs)].tolist() == runs
-        assert set(batch.layout.runs[len(runs):].tolist()) == {batch.ids.numel()}
+        if not skips:
+            layout = make_layout(batch.ids, batch.targets, VOCAB)
+            assert all(ours is None or ours.equal(theirs) for ours, theirs in zip(batch.layout, layout))
 
 
 def test_describe_names_kind_and_folder(tmp_path):

@@ -1,3 +1,4 @@
+"""runtime/tokenizer.py against Hugging Face tokenizers, for a small BPE and for SmolLM2's."""
 import json
 import re
 import warnings
@@ -23,7 +24,7 @@ new = "".join(map(chr, NEW_DIGITS))
 controls = st.text(st.characters(categories=["Cc", "Cf", "Co", "Cn"], exclude_characters=new), max_size=3)
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=new), max_size=8)
 texts = st.lists(st.one_of(spaces, digits, emoji, english, controls, anything), max_size=12).map("".join)
-many = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +96,8 @@ def test_words_one_after_the_other_are_the_text(pair, text):
     assert sum(ids, []) == quiet(ours.encode, " ".join(words))
 
 
-def test_words_carry_the_space_before_them(pair):
-    ours, _ = pair
+def test_words_carry_the_space_before_them(small_json):
+    ours = Tokenizer(small_json)
     assert [ours.decode(ids) for ids in ours.encode_words(["The", "end", "'s", "7"])] == ["The", " end", " 's", " 7"]
     for wrong in ("", " a", "a\u00a0b", "a\n"):
         with pytest.raises(ValueError, match="not one word"):
@@ -121,21 +122,17 @@ def test_joining_by_id_is_joining_by_merges(path, request):
         assert parts == [left, right]
 
 
-def test_specials_in_text_are_text(pair):
-    ours, hf = pair
-    ids = ours.encode(SPECIAL)
-    assert ours.eos not in ids and ours.decode(ids) == SPECIAL
-    assert ours.eos == hf.token_to_id("<|endoftext|>") and ours.decode([ours.eos]) == "<|endoftext|>"
-
-
 def test_every_id_has_the_bytes_that_hf_gives_it(pair):
     ours, hf = pair
     assert ours.vocab_size == hf.get_vocab_size(with_added_tokens=True)
+    assert ours.eos == hf.token_to_id("<|endoftext|>") and ours.eos not in ours.encode(SPECIAL)
     alphabet, specials = byte_alphabet(), {token.content for token in hf.get_added_tokens_decoder().values()}
     for token, i in hf.get_vocab().items():
         assert ours.decode_bytes([i]) == (token.encode() if token in specials else bytes(alphabet[c] for c in token))
     with pytest.raises(KeyError):
         ours.decode([ours.vocab_size])
+    half = [i for i, token in ours._bytes.items() if token == b"\xc3"]
+    assert ours.decode(half) == "\ufffd"  # half a character
 
 
 def test_missing_bytes_are_dropped_with_a_warning(smollm2_json):
@@ -144,12 +141,6 @@ def test_missing_bytes_are_dropped_with_a_warning(smollm2_json):
     with pytest.warns(UserWarning) as seen:
         assert ours.decode(ours.encode("a\x04b\x1d\x04c")) == "abc"
     assert [re.search(r"0x..", str(warning.message))[0] for warning in seen] == ["0x04", "0x1D"]
-
-
-def test_bytes_that_are_no_utf8_are_replaced(pair):
-    ours, _ = pair
-    half = [i for i, token in ours._bytes.items() if token == b"\xc3"]
-    assert ours.decode(half) == "\ufffd"
 
 
 def test_a_run_of_space_that_would_overflow_is_refused(small_json):
@@ -172,22 +163,21 @@ def test_the_hash_is_of_what_determines_ids(small_json, tmp_path):
     assert Tokenizer(other).hash != Tokenizer(small_json).hash
 
 
-@pytest.mark.parametrize("field, value", [
-    ("normalizer", {"type": "NFC"}),
-    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}),
-    ("pre_tokenizer.pretokenizers.0.individual_digits", False),
-    ("pre_tokenizer.pretokenizers.1.add_prefix_space", True),
-    ("pre_tokenizer.pretokenizers.1.use_regex", False),
-    ("model.type", "Unigram"),
-    ("model.byte_fallback", True),
-    ("model.unk_token", "<unk>"),
-    ("model.merges", []),
-    ("added_tokens", []),
-    ("added_tokens", [{"id": 0, "content": "<|endoftext|>", "special": True}, {"id": 7, "content": "a"}]),
-    ("model.vocab", {"<|endoftext|>": 0, "<|im_start|>": 1, "a": 2, "b": 2}),
-    ("model.vocab", {"<|endoftext|>": 0, "<|im_start|>": 1, "a": 1 << 40}),
+@pytest.mark.parametrize("field, value, message", [
+    ("normalizer", {"type": "NFC"}, "normalizer has"),
+    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False}, "not a SmolLM tokenizer"),
+    ("pre_tokenizer.pretokenizers.0.individual_digits", False, "pre_tokenizer has"),
+    ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "pre_tokenizer has"),
+    ("pre_tokenizer.pretokenizers.1.use_regex", False, "pre_tokenizer has"),
+    ("model.type", "Unigram", "model has"), ("model.byte_fallback", True, "model has"),
+    ("model.unk_token", "<unk>", "model has"), ("model.merges", [], "model.merges does not make"),
+    ("added_tokens", [], "added_tokens has no <|endoftext|>"),
+    ("added_tokens", [{"id": 0, "content": "<|endoftext|>", "special": True}, {"id": 7, "content": "a"}],
+     "added_tokens holds more than special tokens"),
+    ("model.vocab", {"<|endoftext|>": 0, "<|im_start|>": 1, "a": 2, "b": 2}, "model.vocab does not give every id"),
+    ("model.vocab", {"<|endoftext|>": 0, "<|im_start|>": 1, "a": 1 << 40}, "model.vocab does not give every id"),
 ])
-def test_other_kinds_of_tokenizer_are_refused(small_json, tmp_path, field, value):
+def test_other_kinds_of_tokenizer_are_refused(small_json, tmp_path, field, value, message):
     spec, path = json.loads(small_json.read_text(encoding="utf-8")), tmp_path / "other.json"
     *above, last = [int(key) if key.isdigit() else key for key in field.split(".")]
     inside = spec
@@ -197,13 +187,12 @@ def test_other_kinds_of_tokenizer_are_refused(small_json, tmp_path, field, value
     path.write_text(json.dumps(spec), encoding="utf-8")
     with pytest.raises(SystemExit) as error:
         Tokenizer(path)
-    message = str(error.value)
-    assert message.startswith(f"{path}: {field}") and "\n" not in message
+    assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
 
 
-def test_unreadable_files_are_named(tmp_path):
-    for path, content in ((tmp_path / "broken.json", "{"), (tmp_path / "none.json", None), (tmp_path / "list", "[]")):
-        if content is not None:
-            path.write_text(content)
-        with pytest.raises(SystemExit, match=re.escape(str(path))):
-            Tokenizer(path)
+@pytest.mark.parametrize("content", ["{", "[]", None])
+def test_unreadable_files_are_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(SystemExit, match=f"{tmp_path}/a.json"):
+        Tokenizer(tmp_path / "a.json")

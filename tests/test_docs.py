@@ -1,0 +1,45 @@
+"""README and docs: what they link to and name is there."""
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("studies/**/*.md")])
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def headings(page):
+    """The anchors of a page, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if not link.startswith("http"):
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in headings(target), link
+
+
+@pages
+def test_commands_name_scripts_modules_and_configs_that_exist(page):
+    text = page.read_text()
+    for module in re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", text):
+        assert importlib.util.find_spec(module), module
+    for file in re.findall(r"(?:python |launch |torchrun )[^\n`]*?\b([a-z_/]+\.py)\b", text):
+        assert (ROOT / file).exists(), file
+    for file in re.findall(r"\b((?:config|tests|benchmarks|corpora|runtime|speech|studies|tools)/[\w/.]+\.\w+)", text):
+        assert (ROOT / file).exists(), file
+
+
+def test_the_table_from_paper_to_code_names_what_is_there():
+    table = (ROOT / "README.md").read_text().partition("| paper | here |")[2].partition("\n\n")[0]
+    for owner, name in re.findall(r"`(SmolTolk|model|data|train)\.([A-Za-z_]+)`", table):
+        place = importlib.import_module("model").SmolTolk if owner == "SmolTolk" else importlib.import_module(owner)
+        assert hasattr(place, name), f"{owner}.{name}"
