@@ -68,7 +68,7 @@ metrics = f"nll/speech/speech,{_CLOZE}"  # scaling: keys in log.jsonl, those of 
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
 PROMINENCES = np.arange(1, 16) / 100  # (0, 0.15] in steps of 0.01, Appendix C.2
-LARGE = 1 << 24  # words or tokens; of data sets with more, a sample is enough
+LARGE = 1 << 24  # words or tokens; from a data set with more, only a sample is taken
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ class Model(NamedTuple):
 
 
 def run_of(folder):
-    """The folder of the run to which a checkpoint belongs. Any other folder is returned as it is."""
+    """The folder of the run to which a checkpoint belongs. Any other folder is returned unchanged."""
     folder = Path(folder)
     return folder.parent if folder.name.startswith("checkpoint-") else folder
 
@@ -112,7 +112,7 @@ def open_models(settings, needs=""):
 
 
 def run_in_batches(net, sequences, batch_tokens, layout=None):
-    """Yield (indices of sequences, their lengths, Output) for one batch after another, the longest sequences first.
+    """Yield (indices of sequences, their lengths, Output) for each batch, the longest sequences first.
 
     sequences: int64 arrays of ids. They are padded on the right, which does not matter to a causal model.
     """
@@ -225,8 +225,8 @@ def representations(model, folder, streams, settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # word segmentation (Appendix C.2)
 #
-# A method has one parameter. Here it is a dict {value of the parameter: boundaries found}. Boundaries are indices into
-# the units of all utterances of a split, one utterance after another.
+# A segmentation method has one parameter. It is represented by a dict {value of the parameter: boundaries found}.
+# Boundaries are indices into the concatenated units of all utterances of a split.
 
 def peaks(signals, values, step=1.0):
     """The method that finds a boundary at each peak whose prominence is at least value * step.
@@ -244,11 +244,11 @@ def peaks(signals, values, step=1.0):
 
 
 def baselines(utterances, seed):
-    """{name: method} of methods without a model: random, regular and, where times are known, slow changes of units."""
+    """{name: method} without a model: random or regular boundaries and, if times are known, the ends of long units."""
     within = np.concatenate([np.arange(len(u.units)) for u in utterances])  # position of a unit in its utterance
     draws = np.where(within > 0, np.random.default_rng(seed).random(len(within)), 1)  # 1: never a boundary
     methods = {}
-    if utterances[0].starts is not None:  # the rate of changes is 1 / duration of the previous unit
+    if utterances[0].starts is not None:  # unit-change rate: 1 / duration of the previous unit
         durations = [np.append(0, np.diff(u.starts)[:-1]) for u in utterances]  # in seconds
         methods["unit-change rate, where it falls"] = peaks(durations, np.arange(1, 17), step=0.01)
     methods["random"] = {i / 40: np.flatnonzero(draws < i / 40) for i in range(1, 21)}
@@ -270,8 +270,8 @@ def find_boundaries(model, utterances, settings):
 def match_nearest(predicted, true, reach):
     """Which positions in two ascending arrays are hits: (bool [predicted], bool [true]).
 
-    A position is a hit if any position in the other array lies within reach, so one can serve several (Kreuk et al.
-    2020).
+    A position is a hit if any position in the other array lies within reach (Kreuk et al. 2020). One position can
+    therefore match several.
     """
     def has_near(a, b):
         return np.searchsorted(b, a + reach, side="right") > np.searchsorted(b, a - reach)
@@ -279,7 +279,7 @@ def match_nearest(predicted, true, reach):
 
 
 def match_one_to_one(predicted, true, reach):
-    """As match_nearest, but a hit has a partner of its own: the largest matching of pairs within reach.
+    """As match_nearest, but each position matches at most one other: the largest matching of pairs within reach.
 
     From left to right, each position takes the first free partner. This is optimal because all have the same reach.
     """
@@ -437,8 +437,8 @@ def summarise_weights(utterances, omega):
 def neighbour_distances(x, ranks, device="cpu", at_once=1 << 24):
     """Distances of each point in x [N, D] to its neighbours of the given ranks (1: the nearest) -> float64 [N, ranks].
 
-    They are computed in float32, and again in float64 for points so close to their nearest neighbour, compared with
-    their distance from the centre, that rounding would show. at_once: the number of distances in memory at a time.
+    They are computed in float32. If the nearest neighbour of a point is much closer than the centre of all points,
+    rounding matters, and they are computed again in float64. at_once: the number of distances in memory at a time.
     """
     ranks = torch.as_tensor(ranks, device=device)
     exact = torch.as_tensor(x, device=device).double()
@@ -469,9 +469,9 @@ def gride(x, max_rank=2**13, device="cpu"):
     """Intrinsic dimension of the points x [N, D] at the scales n = 1, 2, 4 .. max_rank / 2.
 
     Returns (curves, distinct). curves float64 [3, scales] holds the dimension (inf if above 1000), its standard error,
-    and the mean distance to neighbours n and 2n. Equal points count once; distinct is their number, and 2n stays below
-    it. With fewer than 3 distinct points, as layer 0 of text may have, curves is nan [3, 1]. ValueError for values
-    that are not finite.
+    and the mean distance to neighbours n and 2n. Equal points count once. distinct is the number of different points,
+    and 2n stays below it. With fewer than 3 of them, as can happen in layer 0 of text, curves is nan [3, 1]. ValueError
+    for values that are not finite.
     """
     x = np.asarray(x)
     if not np.isfinite(x).all():
@@ -490,7 +490,7 @@ def gride_at(mu, n):
 
     With n1 = n and n2 = 2n, d is where the derivative of the log-likelihood, which falls with d, is zero:
         (N - 1) / d + (n2 - n1 - 1) sum ln(mu) / (1 - mu^-d) - (n2 - 1) sum ln(mu) = 0
-    As in dadapy, it leaves out far outliers of mu.
+    As in dadapy, far outliers of mu are left out.
     """
     mu = np.where(mu == 1, 1 + 10 * np.finfo(float).eps, mu)
     q50, q95 = np.quantile(mu, [0.5, 0.95])
@@ -511,10 +511,10 @@ def gride_at(mu, n):
 
 
 def plateau(ids, distinct):
-    """Index of the middle one of the three neighbouring scales where the curve of ids over n = 1, 2, 4 .. is flattest.
+    """Index of the scale where the curve of ids over n = 1, 2, 4 .. is flattest, compared with the scales next to it.
 
     Scales with 2n above a quarter of the points are left out, because the edge of the data distorts them. 0 if fewer
-    than three scales remain, or only undefined ones.
+    than three scales remain, or if all are undefined.
     """
     logs = np.log([d for i, d in enumerate(ids) if 2 * 2**i <= distinct / 4])
     roughness = np.maximum(np.abs(logs[1:-1] - logs[:-2]), np.abs(logs[2:] - logs[1:-1]))
@@ -640,14 +640,14 @@ def scaling(settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the command line. A command takes the settings and returns (rows of the csv, what the json holds besides settings).
+# the command line. A command takes the settings and returns (rows of the csv file, results for the json file).
 
 COMMANDS = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling)
 
 
 def save(command, settings, rows, results):
     """Write COMMAND.csv with the rows (dicts with the same keys; lists are left out), COMMAND.json and COMMAND.png."""
-    from tools import figures  # here, because matplotlib takes a second to import
+    from tools import figures  # here, because matplotlib is slow to import
     path = Path(settings.out) / command
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
@@ -663,7 +663,7 @@ def save(command, settings, rows, results):
 
 
 def check(settings):
-    """SystemExit for settings that make no sense, before any model is read."""
+    """SystemExit for invalid settings, before any model is read."""
     rules = dict(omega_at=(settings.omega_at in ("read", "predicted"), "read or predicted"),
                  scale=(settings.scale >= 0 and settings.scale.bit_count() < 2, "0 or a power of 2"),
                  max_rank=(settings.max_rank >= 4, "4 or more"),
@@ -689,7 +689,7 @@ def main(argv):
     settings.device = pick_device(settings.device)
     try:
         save(command, settings, *COMMANDS[command](settings))
-    except ValueError as error:  # its message says in one line what is wrong
+    except ValueError as error:  # its message names the file and the fault
         raise SystemExit(str(error)) from None
 
 

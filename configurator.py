@@ -1,13 +1,13 @@
 """
-Settings: the defaults in a script, changed by a config file, changed by the command line.
+Settings: the defaults in a script, changed first by a config file and then by the command line.
 
     settings, name = configure(dict(steps=100, learning_rate=3e-4), sys.argv[1:])
 
-A config file holds nothing but assignments like `learning_rate = 10 * 3e-4`. A value may use names assigned above it.
-Names that start with `_` are not settings. `base = "train_tiny.py"` applies another file first, from the same folder or
-from config/. A dict or list replaces the whole default; `--stages.stage2.steps=100` changes one value in a dict. Every
-value must have the type of its default, except that a dict {folder: weight} may stand for a list of folders. A mistake
-ends the script with one line that says where it is and what to write instead.
+A config file contains only assignments like `learning_rate = 10 * 3e-4`. A value may use names assigned above it. Names
+that start with `_` are not settings. `base = "train_tiny.py"` applies another file first, from the same folder or from
+config/. A dict or list replaces the whole default. `--stages.stage2.steps=100` changes one value in a dict. Every value
+must have the type of its default, except that a dict {folder: weight} may replace a list of folders. A mistake ends the
+script with one line that says where the mistake is and what to write instead.
 """
 import ast
 import copy
@@ -25,10 +25,10 @@ def configure(defaults, argv, complete=lambda settings: None, described_in=()):
     """Return (settings, name): the defaults as changed by argv, and the config file's stem or "default".
 
     defaults       {name: bool, int, float, str, list or dict}; settings is a new dict in the same order
-    argv           at most one config file, in the current folder or in this one, and --key=value
+    argv           at most one config file, in the current folder or in the repository, and --key=value
     complete       function of the settings that fills in nested dicts; called after the file and after the overrides
-    described_in   files, besides the running script, with comments on settings for --help
-    Raises SystemExit: with code 0 after --help, with a one-line message for anything wrong in argv or the file.
+    described_in   files, in addition to the running script, whose comments describe settings for --help
+    SystemExit with code 0 after --help, and with a one-line message for a mistake in argv or the file.
     """
     if "-h" in argv or "--help" in argv:
         print_help(defaults, described_in)
@@ -50,7 +50,8 @@ def configure(defaults, argv, complete=lambda settings: None, described_in=()):
 def print_help(defaults, described_in=()):
     """Print the running script's docstring, and every setting with its default and the comment on its line.
 
-    Comments come from lines `key = value  # comment` of the script and of the files described_in; the script's win.
+    Comments are read from lines `key = value  # comment` of the files described_in and of the script. For a setting in
+    both, the comment in the script is used.
     """
     script, comments = Path(sys.argv[0]), {}
     for file in [*described_in, script]:
@@ -60,7 +61,7 @@ def print_help(defaults, described_in=()):
         print(f"  --{key}={value}".ljust(39), comments.get(key, ""))
 
 
-# In what follows, `place` is where a setting was given, for messages: "command line: ..." or "path:line: statement".
+# Below, `place` tells a message where a setting was given: "command line: ..." or "path:line: statement".
 
 def find_config(file, folders, place):
     """Return the path of a config file in the first of the folders that has it. SystemExit if none has."""
@@ -75,12 +76,12 @@ def find_config(file, folders, place):
 
 
 def nearest(name, names):
-    """Return the one of names that is spelled most like name."""
+    """Return the entry of names whose spelling is closest to name."""
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
 
 
 def apply_file(settings, defaults, path, derived=()):
-    """Apply a config file, after its base. derived: the files that name this one as their base."""
+    """Apply a config file, after its base. derived: the files that are based on this one, directly or indirectly."""
     if path.resolve() in derived:
         raise SystemExit(f"{path}: starts from itself; remove a base = line in {' or '.join(p.name for p in derived)}")
     values, places = read_file(path)
@@ -94,7 +95,7 @@ def apply_file(settings, defaults, path, derived=()):
 
 
 def read_file(path):
-    """Return ({name: value}, {name: place}) of a file's assignments. SystemExit."""
+    """Return ({name: value}, {name: place}) of the assignments in a file. SystemExit for anything else in it."""
     try:
         statements = ast.parse(path.read_bytes(), path).body
     except (SyntaxError, ValueError) as error:
@@ -127,7 +128,7 @@ def apply_override(settings, defaults, arg):
         if not isinstance(target[name], dict):
             raise SystemExit(f"command line: {arg}: {prefix}{name} is {target[name]!r}, which has nothing inside; "
                              f"write --{prefix}{name}=value")
-        target[name] = dict(target[name])  # a config file may have put the same dict under two keys
+        target[name] = dict(target[name])  # copied, because a config file may give two keys the same dict
         target, prefix = target[name], f"{prefix}{name}."
     check_key(key, target, "command line", prefix)
     default = target[key] if outer else defaults[key]
@@ -135,14 +136,14 @@ def apply_override(settings, defaults, arg):
 
 
 def check_key(key, settings, place, prefix=""):
-    """SystemExit if settings has no such key. prefix: the dotted keys that lead to settings."""
+    """SystemExit if settings has no such key. prefix: the dotted path of settings, if it is a nested dict."""
     if key not in settings:
         hint = f"did you mean {prefix}{nearest(key, settings)}?" if settings else f"{prefix[:-1]} is empty"
         raise SystemExit(f"{place}: no setting {prefix}{key}; {hint}")
 
 
 def from_text(text, default):
-    """Return the value of a text from the command line, or the text itself if it cannot be evaluated."""
+    """Return the value of a text from the command line, or the text if it cannot be evaluated."""
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
@@ -154,12 +155,12 @@ def from_text(text, default):
 
 
 def evaluate(expression, names):
-    """Return the value of a Python expression that may use names and dict. Raises any Exception."""
+    """Return the value of a Python expression, which may use names and dict. Any Exception may be raised."""
     return eval(expression, names | {"__builtins__": {}, "dict": dict})
 
 
 def fit(value, default, place):
-    """Return value as the type of default. SystemExit if that would change its meaning.
+    """Return value converted to the type of default. SystemExit if that would change its meaning.
 
     1e6 is accepted as an int, 1 as a float and a tuple as a list; 1.5 is not an int and 1 is not a bool.
     """

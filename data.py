@@ -1,16 +1,16 @@
 """
-From data sets to batches: the mixture of text, speech and interleaved sequences, and the loader that training reads.
+From data sets to batches: the mixture of text, speech and interleaved sequences, and the loader for training.
 
 A data set (runtime/datasets.py) is a folder of plain .npy arrays, which are memory-mapped. There are three kinds:
 
     text     the token ids of all documents in a row; each document ends with the text EOS
     speech   speech units 0 .. n_units-1; each document ends with the speech EOS
     paired   both of them, cut into the same words: word i is written as text[text_words[i]:text_words[i+1]] and spoken
-             as speech[speech_words[i]:speech_words[i+1]], so any span of words is one slice in either modality
+             as speech[speech_words[i]:speech_words[i+1]]. Any span of words is one slice of either array.
 
 In a batch all symbols share one id space: text ids, then units, then the speech EOS, then the switch token.
 
-    python data.py FOLDER       describe a data set, or all data sets in a folder, after checking them whole
+    python data.py FOLDER       check a data set, or all data sets in a folder, in full and describe them
 """
 import json
 import sys
@@ -27,20 +27,20 @@ from model import Layout, make_layout
 from runtime.datasets import open_set
 from runtime.files import DataError
 
-STEPS_AHEAD = 2  # the loader makes the batches of so many steps before they are needed
+STEPS_AHEAD = 2  # number of steps for which the loader makes batches in advance
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the mixture: sequence i of a stage is always the same tokens, on any number of processes and after any restart
+# the mixture. Sequence i of a stage has the same tokens on any number of processes and after any restart.
 
 class Source(NamedTuple):
-    """The shards that one kind of sequence is drawn from, and the cumulated share of each."""
+    """The data sets (shards) from which one kind of sequence is drawn, and their cumulative shares."""
     shards: list
     cumulated: np.ndarray
 
 
 def sets_in(folder):
-    """The data sets in a folder; the folder itself if it is a data set."""
+    """The data sets in a folder, or the folder itself if it is a data set."""
     folder = Path(folder)
     inside = [] if (folder / "meta.json").exists() else sorted(path.parent for path in folder.glob("*/meta.json"))
     return inside or [folder]
@@ -51,7 +51,7 @@ def open_source(kind, sets, tokenizer=None, units=None, length=1):
 
     sets               a list of folders, drawn in proportion to their size, or a dict {folder: weight}
     tokenizer, units   hashes that the sets must have been made with (None: any)
-    length             tokens of the sequences that will be drawn
+    length             number of tokens in a sequence that will be drawn
     """
     if not sets:
         raise DataError(f"{kind}: no data set named; set --{kind}='[\"FOLDER\"]'")
@@ -81,7 +81,7 @@ def uniform(seed, stage_number, index, draw):
     """Uniform random numbers in [0, 1) as a pure function of four integers (arrays broadcast).
 
     This is a counter-based generator. The finaliser of splitmix64 (Steele, Lea and Flood 2014) mixes in one integer
-    after the other, so that the numbers of neighbours are unrelated.
+    after the other, so that neighbouring integers give unrelated numbers.
     """
     x = np.uint64(0)
     with np.errstate(over="ignore"):
@@ -94,7 +94,7 @@ def uniform(seed, stage_number, index, draw):
 
 
 def kinds_of(mixture, index):
-    """The kind of each sequence. A mixture {kind: parts} gives a pattern of all parts, evenly spread, that repeats."""
+    """The kind of each sequence. A mixture {kind: parts} gives a repeating pattern, with each kind evenly spread."""
     spread = sorted(((j + 0.5) / parts, kind) for kind, parts in mixture.items() for j in range(parts))
     return np.array([kind for _, kind in spread])[np.asarray(index) % len(spread)]
 
@@ -104,7 +104,7 @@ def sample(sources, mixture, seed, stage_number, index, length, config, text_spa
 
     sources              {kind: Source}
     mixture              {kind: parts}, whole numbers
-    seed, stage_number   integers; they and a sequence's number decide what the sequence is
+    seed, stage_number   integers; together with the number of a sequence they determine its tokens
     config               has .vocab_size and .switch
     """
     index = np.asarray(index)
@@ -112,7 +112,7 @@ def sample(sources, mixture, seed, stage_number, index, length, config, text_spa
     rows = np.empty((len(index), length), np.int64)
     for kind in mixture:
         of_kind = np.flatnonzero(kinds == kind)
-        # Which of the source's shards each sequence comes from:
+        # the shard of the source from which each sequence comes
         shards = np.searchsorted(sources[kind].cumulated, uniform(seed, stage_number, index[of_kind], 0), side="right")
         for i in np.unique(shards):
             shard, at = sources[kind].shards[i], of_kind[shards == i]
@@ -148,17 +148,17 @@ def draw_spans(shard, seed, stage_number, index, n_spans, text_span, speech_span
     """Draw the first n_spans spans of each sequence -> (is_speech, begin, end), each [n, n_spans].
 
     is_speech    whether a span is speech
-    begin, end   where the tokens of a span begin and end in their stream. After the stream's last word comes its first
-                 word again, so these numbers may be larger than the length of the stream.
+    begin, end   where the tokens of a span begin and end in their stream. After its last word a stream starts again
+                 from the first word, so these numbers may be larger than the length of the stream.
     """
     draws = uniform(seed, stage_number, np.asarray(index)[:, None], np.arange(1, n_spans + 3))  # [n, n_spans + 2]
     n_words = len(shard.text_words) - 1
     first_word = (draws[:, :1] * n_words).astype(np.int64)    # [n, 1]
-    speech_first = draws[:, 1:2] < 0.5                        # [n, 1], does it begin with speech?
+    speech_first = draws[:, 1:2] < 0.5                        # [n, 1], whether the sequence begins with speech
     is_speech = (np.arange(n_spans) + speech_first) % 2 == 1  # [n, n_spans]
     least = np.where(is_speech, speech_span[0], text_span[0])
     most = np.where(is_speech, speech_span[1], text_span[1])
-    words = least + (draws[:, 2:] * (most - least + 1)).astype(np.int64)  # [n, n_spans], words of each span
+    words = least + (draws[:, 2:] * (most - least + 1)).astype(np.int64)  # [n, n_spans], number of words
 
     borders = np.cumsum(np.concatenate([first_word, words], axis=1), axis=1)  # [n, n_spans + 1], counted in words
     lap, word = np.divmod(borders, n_words)
@@ -172,11 +172,11 @@ def draw_spans(shard, seed, stage_number, index, n_spans, text_span, speech_span
 def interleave(shard, seed, stage_number, index, length, config, text_span=(10, 30), speech_span=(5, 15)):
     """Make sequences that change modality at word boundaries -> int64 [n, length].
 
-    A sequence starts at a random word in a random modality. Spans of text and of speech take turns, with a switch token
-    between them. A span of text has text_span words (least, most; all numbers between are equally likely), a span of
-    speech has speech_span words. Sequences run across documents. All are made at once, without a loop over words.
+    A sequence starts at a random word in a random modality. Spans of text and of speech alternate, with a switch token
+    between them. text_span is (fewest, most) words in a span of text, and every number in this range is equally likely.
+    speech_span is the same for speech. A sequence continues across documents. There is no loop over words.
     """
-    n, n_spans = len(index), 2 + length // (2 * text_span[0] + 4)  # nearly always enough; otherwise twice as many
+    n, n_spans = len(index), 2 + length // (2 * text_span[0] + 4)  # nearly always enough; otherwise doubled below
     while True:
         is_speech, begin, end = draw_spans(shard, seed, stage_number, index, n_spans, text_span, speech_span)
         begin[:, 1:] -= 1  # make room for the switch token before each span but the first
@@ -185,9 +185,9 @@ def interleave(shard, seed, stage_number, index, length, config, text_span=(10, 
             break
         n_spans *= 2
     size = np.diff(filled, axis=1, prepend=0)           # [n, n_spans], tokens of each span that fit into the row
-    first = np.cumsum(size).reshape(size.shape) - size  # [n, n_spans], where it begins in the flattened rows
+    first = np.cumsum(size).reshape(size.shape) - size  # [n, n_spans], where each begins in the flattened rows
 
-    # Each position of the flattened rows [n * length] gets its modality, and the index of its token in that stream.
+    # For each position of the flattened rows [n * length]: its modality, and the index of its token in that stream.
     is_speech = np.repeat(is_speech.ravel(), size.ravel())
     token = np.arange(n * length) + np.repeat((begin - first).ravel(), size.ravel())
     rows = np.empty(n * length, np.int64)
@@ -203,11 +203,11 @@ def prompt_sequence(context, continuation, modalities, config, bos=True, whole=F
 
     Scoring uses it for stories and their endings, sampling for prompts.
     context, continuation   lists of ids, in the id space that all symbols share; the context may be empty
-    modalities              "text" or "speech" of each of the two
-    bos                     begin with an EOS, of the modality that comes first
-    whole                   score the context too, and not only the continuation
-    prefix                  text ids that stand before a spoken context, followed by a switch token
-    Returns (ids, (first, end)). The ids from `first` up to `end` are to be scored; the very first id never is.
+    modalities              "text" or "speech" for each of the two
+    bos                     begin with the EOS of the modality that comes first
+    whole                   score the context too, not only the continuation
+    prefix                  text ids to put before a spoken context, followed by a switch token
+    Returns (ids, (first, end)): ids[first:end] are to be scored. ids[0] is never scored.
     """
     ids = []
     if bos:
@@ -225,11 +225,11 @@ def prompt_sequence(context, continuation, modalities, config, bos=True, whole=F
 # batches
 
 class Batch(NamedTuple):
-    """A micro-batch on the CPU. The model reads ids and predicts targets, which are the ids that follow."""
+    """A micro-batch on the CPU. The model reads ids and predicts targets, the id that follows each of them."""
     ids: torch.Tensor      # int64 [B, T]
     targets: torch.Tensor  # int64 [B, T]
     layout: Layout
-    index: np.ndarray      # int64 [B], the number of each row's sequence in its stage
+    index: np.ndarray      # int64 [B], the number of each sequence in the stage
 
     def apply(self, function):
         """The batch with a function applied to each tensor, e.g. one that moves it to a GPU."""
@@ -238,12 +238,12 @@ class Batch(NamedTuple):
 
 
 def micro_batches(step, sources, stage, stage_number, settings, config, world):
-    """Make this process's batches of one step -> list[Batch]. The parameters are those of loader.
+    """Make this process's batches of one step -> list[Batch]. For the parameters, see loader.
 
-    Sequences of text come first, in separate batches. Their layout.speech is None, which tells the model to skip its
-    speech modules. There are two exceptions. The last batch of a step never skips modules that are trained, because
-    DistributedDataParallel waits for a gradient of every parameter there. And where only the speech modules are
-    trained, a batch that skips them would have no gradient at all.
+    Text sequences come first, in separate batches. In these, layout.speech is None, and the model skips its speech
+    modules. There are two exceptions. The last batch of a step uses every trained module, because there
+    DistributedDataParallel waits for a gradient of every trained parameter. If only the speech modules are trained, no
+    batch skips them, because it would have no gradient at all.
     """
     # In each step, all processes together read the same sequences, no matter how many processes there are.
     n = settings.batch_tokens // settings.sequence_length // world.size
@@ -269,15 +269,15 @@ def micro_batches(step, sources, stage, stage_number, settings, config, world):
 
 
 def loader(sources, stage, stage_number, first, settings, config, world):
-    """Yield (step, batches) for the steps of a stage from `first` on: the micro-batches of this process.
+    """Yield (step, micro-batches of this process) for each step of a stage, from step `first` on.
 
     sources        {kind: Source}
     stage          dict with steps, mixture {kind: parts} and train ("all", "new" or "text")
     stage_number   seeds the sampling, together with the step
     settings       has seed, batch_tokens, sequence_length, micro_batch, text_span and speech_span
     config         the model's Config
-    world          the place of this process among all, a runtime.distributed.World
-    A thread makes the batches of the next steps. If it fails, the exception is raised when its step is due.
+    world          a runtime.distributed.World
+    A thread makes the batches of the next steps. If it fails at a step, the exception is raised at that step.
     """
     steps, worker = range(first, stage["steps"]), ThreadPoolExecutor(1)
     jobs = (worker.submit(micro_batches, step, sources, stage, stage_number, settings, config, world) for step in steps)

@@ -6,11 +6,11 @@ Score a checkpoint, or a plain SmolLM folder (text only), on the benchmarks of t
     torchrun --nproc_per_node=4 evaluate.py --checkpoint=out/train_150m --before=weights/smollm-135m --mmlu=mmlu.csv \\
         --units=units/mhubert --sblimp=zerospeech2021 --tstorycloze=tSC --sstorycloze=sSC \\
         --librispeech='["data/librispeech-dev"]'
-    python evaluate.py --checkpoint=A --versus=B       score both, and test whether they differ
+    python evaluate.py --checkpoint=A --versus=B       score both, and test whether their scores differ
 
 The tasks are topic_cloze and nll (the scores of a training run), blimp, mmlu, sblimp, tstorycloze, sstorycloze,
-librispeech and text. benchmarks/__init__.py describes their data on disk and their protocols. An option such as
---protocol.blimp.score=mean changes a protocol. Every result names its protocol.
+librispeech and text. benchmarks/__init__.py describes the files and the protocol of each task. An option such as
+--protocol.blimp.score=mean changes a protocol. Every result is written with its protocol.
 """
 import json
 import sys
@@ -40,8 +40,8 @@ from runtime.tokenizer import Tokenizer
 
 checkpoint = "out/train_tiny"    # folder of a run (its newest checkpoint is scored) or of a model
 versus = ""                      # a second checkpoint to compare with, or its evaluation.json
-before = ""                      # SmolLM folder that the checkpoint started from; it is scored on MMLU
-tasks = []                       # the tasks to score; []: those whose data you name, or else the demo's
+before = ""                      # SmolLM folder from which training started; it is scored on MMLU
+tasks = []                       # the tasks to score; []: those whose data is set, otherwise topic_cloze and nll
 blimp = ""                       # BLiMP's folder of .jsonl files
 mmlu = ""                        # .csv or .csv.xz file
 sblimp = ""                      # ZeroSpeech's folder, with syntactic/ inside
@@ -51,17 +51,17 @@ librispeech = []                 # data sets with speech
 text = []                        # data sets with text
 cloze = "data/demo/cloze"        # Topic-Cloze set
 val_text = ["data/demo/val"]     # data sets for the held-out NLL of text
-val_speech = ["data/demo/val"]   # ... of speech
-val_interleaved = ["data/demo/val"]  # ... of interleaved sequences
+val_speech = ["data/demo/val"]   # data sets for the held-out NLL of speech
+val_interleaved = ["data/demo/val"]  # data sets for the held-out NLL of interleaved sequences
 val_sequences = 256              # held-out sequences of each kind
 text_span = [10, 30]             # fewest and most words of a text span in interleaved sequences
 speech_span = [5, 15]            # fewest and most words of a speech span
 seed = 1                         # for held-out sequences and random prefixes
 sequence_length = 256            # tokens of a held-out sequence
 units = ""                       # folder of the speech units, for tasks with wavs
-cache = "out/heard"              # folder that keeps the units of wavs for the next checkpoint
-batch_tokens = 0                 # positions scored at a time; 0: 512 on a CPU, where caches are small, else 16384
-device = "auto"                  # "cuda", "cpu", "mps", or the best there is
+cache = "out/heard"              # folder in which the units of wavs are kept for the next checkpoint
+batch_tokens = 0                 # positions in one forward pass; 0: 512 on a CPU, where caches are small, else 16384
+device = "auto"                  # "cuda", "cpu", "mps", or "auto" for the best one available
 dtype = "float32"                # or "bfloat16" (autocast)
 out = ""                         # json file for the results; default: evaluation.json in the checkpoint's folder
 protocol = dict(                 # how each task is scored; see benchmarks/__init__.py
@@ -74,7 +74,7 @@ protocol = dict(                 # how each task is scored; see benchmarks/__ini
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, str, list, dict)) and not k.startswith("_")}
 CHOICES = dict(score=("sum", "mean"), span=("continuation", "whole"), ties=("share", "wrong", "first"))
-VALIDATION = 1 << 32  # held-out sequences are drawn under this stage number, which no stage of training has
+VALIDATION = 1 << 32  # stage number for drawing held-out sequences; no training stage has this number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,11 +89,11 @@ class Row(NamedTuple):
 
 
 def make_row(sequences, spans, numbers):
-    """The Row of some candidates: sequences of ids, spans (a, b) of tokens to score, and their numbers.
+    """The Row of some candidates, given their sequences of ids, spans (a, b) of tokens to score, and numbers.
 
-    Example: the candidates 0 5 6 7 and 0 5 8 have 0 5 in common. The row reads 0 | 5 6 | 5, with branch 0 | 1 1 | 2.
-    The last common token is read again in each rest, because the token after it differs. The beginning can be shared
-    because no position depends on what comes after it.
+    Example: the candidates 0 5 6 7 and 0 5 8 have 0 5 in common. The row is 0 | 5 6 | 5, with branch 0 | 1 1 | 2. Each
+    rest repeats the last common token, because the token after it differs. The beginning can be shared because no
+    position depends on later ones.
     """
     sequences = [list(sequence[:b]) for sequence, (_, b) in zip(sequences, spans)]
     common = 0
@@ -101,7 +101,7 @@ def make_row(sequences, spans, numbers):
         common += 1
     keep = max(0, common - 1)
     row = Row(sequences[0][:keep], targets_from(min(a for a, _ in spans), sequences[0])[:keep], [0] * keep, [])
-    positions = {}  # of each different candidate; equal ones are scored once, so that ties are exact
+    positions = {}  # of each distinct candidate; equal candidates are scored once, so that ties are exact
     for sequence, (a, b), number in zip(sequences, spans, numbers):
         key = tuple(sequence), a
         if key not in positions:
@@ -115,12 +115,12 @@ def make_row(sequences, spans, numbers):
 
 
 def targets_from(first, sequence):
-    """The token after each position but the last, and -1 for tokens before the first one to be scored."""
+    """The token after each position but the last, or -1 if it comes before token `first`, the first to be scored."""
     return [-1] * (first - 1) + sequence[first:]
 
 
 def make_batches(rows, batch_tokens):
-    """Put rows of similar length together, the longest first, in batches of at most batch_tokens positions."""
+    """Group rows of similar length into batches of at most batch_tokens positions, the longest rows first."""
     rows, batches = sorted(rows, key=lambda row: -len(row.ids)), []
     while rows:
         longest = len(rows[0].ids)
@@ -134,7 +134,7 @@ def score_batch(model, rows):
     """Log-likelihood of each scored target of the rows, float64 [B, T]; 0 elsewhere."""
     B, T, config = len(rows), len(rows[0].ids), model.config
     ids, targets = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
-    branch = (-1 - torch.arange(T)).repeat(B, 1)  # padding: each position is a branch of its own
+    branch = (-1 - torch.arange(T)).repeat(B, 1)  # padding: each position is a separate branch
     for r, row in enumerate(rows):
         n = len(row.ids)
         ids[r, :n], targets[r, :n], branch[r, :n] = map(torch.tensor, (row.ids, row.targets, row.branch))
@@ -153,15 +153,15 @@ def score_batch(model, rows):
 
 
 def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", world=ALONE, candidates=1):
-    """Log-likelihood of one span of each sequence given all before it.
+    """Log-likelihood of one span of each sequence, given all tokens before it.
 
     sequences   lists of ids in the model's id space
     spans       (a, b) per sequence, 1 <= a < b: tokens a..b-1 are scored, except switch tokens
     progress    title of the progress bar; "": no bar
     world       the processes that share the work; each of them gets all results
-    candidates  how many sequences in a row belong to one item; their common beginning is computed once
-    Returns (summed log-likelihoods in nats, numbers of scored tokens), float64 and int64 [n]. They do not depend on
-    what else is in the batch. ValueError for an empty span or a sequence that is too long.
+    candidates  how many consecutive sequences belong to one item; their common beginning is computed once
+    Returns (summed log-likelihoods in nats, numbers of scored tokens), float64 and int64 [n]. They do not depend on the
+    other sequences in the batch. ValueError for an empty span or a sequence that is too long.
     """
     config = model.config
     for i, (sequence, (a, b)) in enumerate(zip(sequences, spans)):
@@ -169,7 +169,7 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", wor
             raise ValueError(f"sequence {i}: nothing to score at tokens {a} to {b} of {len(sequence)}")
         if b - 1 > config.max_position_embeddings:
             raise ValueError(f"sequence {i}: {b - 1} positions, the model has {config.max_position_embeddings}")
-    text_rows, other_rows = [], []  # text alone needs no speech modules, so it gets batches of its own
+    text_rows, other_rows = [], []  # separate, because rows of text alone need no speech modules
     for first in range(0, len(sequences), candidates):
         item = slice(first, first + candidates)
         row = make_row(sequences[item], spans[item], range(len(sequences))[item])
@@ -190,7 +190,7 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", wor
 # the held-out scores of a training run
 
 def topic_cloze(model, cloze_set, batch_tokens=16384, items=None, stop=()):
-    """{setting: float64 [items]}: 1 where the true ending scores higher, 0 where the other one does, 1/2 for a tie.
+    """{setting: float64 [items]}: 1 if the true ending has the higher score, 0 if the wrong one has, 1/2 for a tie.
 
     items   the indices of the stories to score; None: all
     stop    a list; as soon as it is not empty, the remaining settings are skipped
@@ -208,12 +208,13 @@ def topic_cloze(model, cloze_set, batch_tokens=16384, items=None, stop=()):
 
 def heldout_nll(model, sources, seed, n_sequences, length, spans=((10, 30), (5, 15)), batch_tokens=16384, rank=0,
                 world_size=1, stop=()):
-    """{kind: summed (text nll, speech nll, text targets, speech targets)} over n_sequences held-out sequences each.
+    """{kind: sums [text NLL, speech NLL, text targets, speech targets], float64} over held-out sequences.
 
-    sources   {kind: Source}
-    spans     fewest and most words of a text span and of a speech span in interleaved sequences
-    rank      this process scores its share of the sequences; the sums of all world_size processes, float64 [4], add up
-    stop      as for topic_cloze
+    sources       {kind: Source}
+    n_sequences   of each kind
+    spans         fewest and most words of a text span and of a speech span in interleaved sequences
+    rank          this process scores a share of the sequences; the caller adds up the sums of world_size processes
+    stop          see topic_cloze
     """
     device, sums = next(model.parameters()).device, {}
     for kind, source in sources.items():
@@ -240,15 +241,15 @@ def heldout_nll(model, sources, seed, n_sequences, length, spans=((10, 30), (5, 
 
 @dataclass
 class Evaluator:
-    """What a benchmark needs to score a model, and what it reports about how it did so."""
+    """What a benchmark needs to score a model, and its records for the results file."""
     task: str
     model: SmolTolk
     tokenizer: Tokenizer
-    made_with: tuple           # hashes of tokenizer and units, see runtime.checkpoint.made_with
+    made_with: tuple           # hashes of tokenizer and units; see runtime.checkpoint.made_with
     settings: SimpleNamespace
     world: World
-    path: Path                 # of the evaluation.json
-    has_speech: bool           # False for a SmolLM, which only reads text
+    path: Path                 # the evaluation.json to be written
+    has_speech: bool           # False for a SmolLM model, which only reads text
     used: list = field(default_factory=list)   # the files that were read
     notes: dict = field(default_factory=dict)  # other facts for the results
 
@@ -258,7 +259,7 @@ class Evaluator:
 
 
 def score_windows(evaluator, sets, protocol):
-    """{kind: {modality: nats}} of random windows. sets: all data sets; settings.val_KIND says which are for what."""
+    """({kind: {modality: nats}}, {}) for random windows of the data sets in settings.val_KIND."""
     settings, world, sources = evaluator.settings, evaluator.world, {}
     for kind in ("text", "speech", "interleaved"):
         if folders := getattr(settings, f"val_{kind}"):
@@ -269,7 +270,7 @@ def score_windows(evaluator, sets, protocol):
     return report.nll_table({kind: all_sum(values, world).numpy() for kind, values in sums.items()}), {}
 
 
-# Each is called with (evaluator, data, protocol) and returns (result, {name: one value per item}).
+# Each function takes (evaluator, data, protocol) and returns (result, {name: array with one value per item}).
 TASKS = dict(blimp=score_blimp, sblimp=score_sblimp, tstorycloze=storycloze.score, sstorycloze=storycloze.score,
              topic_cloze=storycloze.score_paired, mmlu=score_mmlu,
              librispeech=partial(score_documents, stream="speech"), text=partial(score_documents, stream="text"),
@@ -278,14 +279,14 @@ SPEECH_TASKS = ("sblimp", "librispeech", "nll")  # a plain SmolLM cannot do thes
 
 
 def data_of(task, settings):
-    """Where the data of a task lies: a path or a list of data sets."""
+    """The data of a task: a path or a list of data sets."""
     if task == "nll":
         return [*settings.val_text, *settings.val_speech, *settings.val_interleaved]
     return getattr(settings, "cloze" if task == "topic_cloze" else task)
 
 
 def choose_tasks(settings, has_speech):
-    """Names of the tasks to score: settings.tasks, or those whose data was named, or the demo's. ValueError."""
+    """The tasks to score: settings.tasks, or those whose data is set, or topic_cloze and nll. ValueError."""
     defaults = SimpleNamespace(**DEFAULTS)
     named = [task for task in TASKS if data_of(task, settings) != data_of(task, defaults)]
     chosen = settings.tasks or named or ["topic_cloze", "nll"]
@@ -305,7 +306,7 @@ def choose_tasks(settings, has_speech):
 
 
 def score_checkpoint(folder, settings, world, path):
-    """Score the tasks -> results. They are written to path (a json), to its .md and, item by item, to its .items/."""
+    """Score the tasks -> results. Writes them to path (a .json), tables to the .md, values of items to the .items/."""
     folder = Path(folder)
     has_speech, hashes = (folder / "speech.safetensors").exists(), made_with(folder)
     chosen = choose_tasks(settings, has_speech)
@@ -356,7 +357,7 @@ def newest_checkpoint(folder):
 
 
 def check_spans(settings):
-    """SystemExit if the lengths of spans in interleaved sequences make no sense."""
+    """SystemExit if the lengths of spans in interleaved sequences are invalid."""
     for key in ("text_span", "speech_span"):
         span = getattr(settings, key)
         if [type(n) for n in span] != [int, int] or not 1 <= span[0] <= span[1]:
@@ -364,7 +365,7 @@ def check_spans(settings):
 
 
 def check_settings(settings, path):
-    """SystemExit, before anything is scored, for settings that make no sense. path: of the results."""
+    """SystemExit for invalid settings, before anything is scored. path: the results file."""
     check_spans(settings)
     if settings.dtype not in ("float32", "bfloat16"):
         raise SystemExit(f"dtype={settings.dtype}: choose float32 or bfloat16")
@@ -390,7 +391,7 @@ def main(argv):
     for key in ("checkpoint", "before", "versus"):
         folder = getattr(settings, key)
         if folder and not folder.endswith(".json"):
-            # A run may still be writing checkpoints, so one process chooses for all.
+            # One process chooses for all, because a run may still be writing checkpoints.
             found = on_first(lambda folder=folder: str(newest_checkpoint(folder)), world)
             setattr(settings, key, found)
     path = Path(settings.out or Path(settings.checkpoint) / "evaluation.json")
@@ -407,7 +408,7 @@ def main(argv):
             score_checkpoint(settings.versus, settings, world, second)
         if settings.versus and world.rank == 0:
             results["versus"] = dict(checkpoint=settings.versus, scores=report.compare_results(path, second))
-    except ValueError as error:  # says which file and what
+    except ValueError as error:  # its message names the file and the fault
         raise SystemExit(str(error)) from None
     if world.rank == 0:
         write(results, path)

@@ -1,5 +1,5 @@
 """
-SmolTolk: a Llama text decoder that also hears and speaks in discrete speech units (Cuervo et al., arXiv 2503.06211).
+SmolTolk: a Llama text decoder that also reads and predicts discrete speech units (Cuervo et al., arXiv 2503.06211).
 
                     text ids                     units, speech EOS                  all symbols share one id space:
                        |                                |                           0 .. vocab_size-1       text
@@ -21,8 +21,10 @@ SmolTolk: a Llama text decoder that also hears and speaks in discrete speech uni
                                             |
                                      speech head, tied to speech_embed
 
-Without input adapter, output adapter, pooling and residual this is the vocabulary-expansion baseline: each ablation of
-the paper's Table 2 is a switch in Config. There is one forward pass for training, scoring, sampling and analysis.
+Without input adapter, output adapter, layer pooling and residual, the model is the vocabulary-expansion baseline. Each
+ablation of the paper's Table 2 is an option in Config. Training, scoring, sampling and analysis share one forward pass.
+
+Letters in shapes: B rows, T positions, d hidden_size, H query heads, H_kv key and value heads, L backbone layers.
 """
 import dataclasses
 import json
@@ -43,19 +45,19 @@ from torch.utils.checkpoint import checkpoint
 
 from runtime.files import read_json, read_tensors, reading
 
-try:  # on CUDA the input adapter computes each run of speech by itself: with this package, or with torch's own copy
+try:  # FlashAttention for the input adapter on CUDA: from this package or, if it is not installed, from torch
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-# How varlen_attn is told to be causal differs between releases of torch.
+# The argument that makes varlen_attn causal differs between releases of torch.
 CAUSAL = dict(is_causal=True) if "is_causal" in signature(varlen_attn).parameters else dict(window_size=(-1, 0))
 
-LOGITS_AT_ONCE = 1 << 27  # logits that the loss holds at one time: 0.5 GB in fp32
+LOGITS_AT_ONCE = 1 << 27  # the largest number of logits in memory when the loss is computed: 0.5 GB in fp32
 
 
 @dataclass
 class Config:
-    # the text backbone, with the names of a Llama config.json; the defaults are SmolLM-135M's
+    # the text backbone: names as in a Llama config.json, defaults as in SmolLM-135M
     vocab_size: int = 49152
     hidden_size: int = 576
     intermediate_size: int = 1536
@@ -65,9 +67,9 @@ class Config:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 100_000.0  # SmolLM has 10,000; SmolTolk raises it (Section 4.1)
-    initializer_range: float = 1 / 24  # standard deviation of new weights; SmolLM has 1/sqrt(576) too
+    initializer_range: float = 1 / 24  # standard deviation of new weights: 1/sqrt(hidden_size), as in SmolLM
     eos_token_id: int = 0
-    # what SmolTolk adds
+    # what SmolTolk adds; the names in quotes are rows of the paper's Table 2
     n_units: int = 500
     input_adapter_layers: int = 2   # 0: "-In Adapter"
     output_adapter_layers: int = 2  # 0: "-Out Adapter"
@@ -111,7 +113,7 @@ class Config:
 def rotary_table(config):
     """cos and sin of the angles of all positions, [2, max_position_embeddings, head_dim] in fp32.
 
-    Dimensions i and i + head_dim/2 form a pair, which is rotated: (a, b) -> (a cos - b sin, b cos + a sin).
+    Dimensions i and i + head_dim/2 form a pair (a, b), which is rotated to (a cos - b sin, b cos + a sin).
     """
     head_dim = config.hidden_size // config.num_attention_heads
     frequency = config.rope_theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
@@ -120,7 +122,7 @@ def rotary_table(config):
 
 
 def rotate(x, rope):
-    """x [B, T, H, head_dim]; rope [2, 1 or B, T, 1, head_dim]."""
+    """Rotate queries or keys x [B, T, H, head_dim]. rope [2, 1 or B, T, 1, head_dim]: cos and sin of each position."""
     cos, sin = rope.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
@@ -128,8 +130,8 @@ def rotate(x, rope):
 class Cache(NamedTuple):
     """Keys and values of all positions so far, so that the next forward pass reads only new positions.
 
-    All rows write to the same slots, so shorter prompts are padded on the left. Tensors are written in place. A cache
-    serves one part of a conversation; the next part reads everything again with a new cache.
+    A slot holds one position of each row. All rows fill the same slot at the same time, so shorter prompts are padded
+    on the left. The tensors are updated in place. In sample.py, each part of an answer starts with a new cache.
     """
     input_adapter: list   # (keys, values) of each layer, each [B, length, H_kv, head_dim]
     backbone: list
@@ -140,7 +142,7 @@ class Cache(NamedTuple):
 
 
 def new_cache(model, start, length):
-    """An empty Cache with `length` slots. start: int64 [B], how many slots at the beginning of each row are padding."""
+    """An empty Cache with `length` slots. start: int64 [B], the number of padding slots at the start of each row."""
     c, weight = model.config, model.model.embed_tokens.weight
     if length > c.max_position_embeddings:
         raise ValueError(f"{length} positions, the model has max_position_embeddings={c.max_position_embeddings}")
@@ -148,18 +150,19 @@ def new_cache(model, start, length):
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     shape = 2, len(start), length, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
-    stacks = ([tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(n)]  # not empty: 0 x NaN is NaN
+    # Slots that are still empty have attention weight 0, but 0 x NaN is NaN, so torch.empty cannot be used.
+    stacks = ([tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(n)]
               for n in (c.input_adapter_layers, c.num_hidden_layers, c.output_adapter_layers))
     is_speech = torch.zeros(len(start), length, dtype=torch.bool, device=device)
     return Cache(*stacks, is_speech, start.to(device), torch.zeros((), dtype=torch.long, device=device))
 
 
 def make_masks(is_speech, slots, branch=None, cache=None):
-    """Attention masks: one for backbone and output adapter, one for the input adapter; bool [1 or B, T, S].
+    """Two attention masks, bool [1 or B, T, S]: one for backbone and output adapter, one for the input adapter.
 
-    is_speech [B, T] and slots [T] describe the T positions that are read now. They can attend to S slots; without a
-    cache S = T. branch: see Layout. Every position attends to itself, because some kernels return NaN for a fully
-    masked row.
+    is_speech [B, T] and slots [T] describe the T positions that are read now. These positions can attend to S slots.
+    Without a cache, S = T. branch: see Layout. Every position attends to itself, because some kernels return NaN for a
+    fully masked row.
     """
     if cache is not None:
         is_speech = cache.is_speech.index_copy_(1, slots, is_speech)      # [B, S]
@@ -171,20 +174,22 @@ def make_masks(is_speech, slots, branch=None, cache=None):
     if branch is not None:
         seen = seen & ((branch[:, None] == 0) | (branch[:, None] == branch[..., None]))
     seen = seen | itself
-    # A position's run of speech begins after the last slot without speech that the position can attend to.
+    # The run of speech at a position begins after the last slot without speech that the position can attend to.
     first = torch.where(seen & ~is_speech[:, None], slot + 1, 0).amax(-1, keepdim=True)
     return seen, seen & (slot >= first) | itself
 
 
 def attend(q, k, v, mask=None, runs=None):
-    """Attention: causal within runs (see Layout) if given; else where mask [1 or B, T, S] is true; else causal.
+    """Attention: q [B, T, H, head_dim]; k, v [B, S, H_kv, head_dim] -> [B, T, H, head_dim].
 
-    q [B, T, H, head_dim]; k, v [B, S, H_kv, head_dim] -> [B, T, H, head_dim].
+    If runs (see Layout) are given, it is causal within each run. If a mask [1 or B, T, S] is given, positions attend
+    where it is true. Otherwise attention is causal.
     """
     if runs is not None:
         return attend_runs(*(t.flatten(0, 1) for t in (q, k, v)), runs, q.size(1)).view(q.shape)
-    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # the memory-efficient kernel needs as many
-        k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))  # key heads as query heads
+    # In these two cases torch uses a memory-efficient kernel, which needs as many key heads as query heads.
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, head_dim]
     mask = None if mask is None else mask[:, None]    # [1 or B, 1, T, S]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -197,7 +202,7 @@ def attend_runs(q, k, v, runs, longest):
     """
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(q, k, v, runs, runs, longest, longest, causal=True)
-    k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # torch 2.11 has no grouped heads here
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # torch 2.11 needs H_kv = H here
     return varlen_attn(q, k, v, runs, runs, longest, longest, **CAUSAL)
 
 
@@ -270,13 +275,14 @@ def apply_layers(layers, x, rope, mask=None, runs=None, slots=None, cache=None):
 # the text-speech model
 
 class Layout(NamedTuple):
-    """Where each head predicts something in a batch, and where the runs of one modality are."""
+    """Where each head predicts a target, and where the runs are. A run is a maximal stretch of speech or of non-speech.
+    """
     text: Tensor | None      # int64, the flat positions (row * T + column) that predict a text token
     speech: Tensor | None    # the same for units and speech EOS; may be empty. None: the speech modules are skipped
-    runs: Tensor | None = None    # int32, 0 and the cumulated lengths of all runs of text or speech in the flattened
-                                  # batch; FlashAttention uses them in place of a mask
+    runs: Tensor | None = None    # int32, 0 and the cumulative lengths of all runs in the flattened batch;
+                                  # FlashAttention uses them in place of a mask
     branch: Tensor | None = None  # int64 [B, T], for rows that hold several sequences with a common beginning: 0 in
-                                  # the beginning, then 1, 2 .. for each sequence; they do not attend to each other
+                                  # the beginning, 1, 2 .. in the rests, which do not attend to each other
 
 
 class Output(NamedTuple):
@@ -304,8 +310,8 @@ def make_layout(ids, targets, config):
     starts = torch.ones_like(is_speech)  # a run never crosses a row
     starts[:, 1:] = is_speech[:, 1:] != is_speech[:, :-1]
     runs = starts.flatten().nonzero()[:, 0]
-    # Empty runs are appended, because torch.compile makes a new graph for each size. There is about one run in 40
-    # positions; only spans of few words give more.
+    # Empty runs are appended to reach one of three sizes, because torch.compile makes a new graph for each size. There
+    # is about one run per 40 positions. Only very short spans give more.
     size = next(size for size in (ids.numel() // 32, ids.numel() // 8, ids.numel()) if len(runs) <= size)
     return Layout(text, speech, F.pad(runs, (0, size + 1 - len(runs)), value=ids.numel()).int())
 
@@ -316,7 +322,7 @@ class SmolTolk(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(dict(  # with the names of transformers' checkpoints
+        self.model = nn.ModuleDict(dict(  # named as in checkpoints of transformers
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
             norm=nn.RMSNorm(config.hidden_size, config.rms_norm_eps)))
@@ -336,23 +342,24 @@ class SmolTolk(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # The adapters start as the identity: the backbone first meets plain embeddings, and learning starts faster.
+        # The adapters start as the identity. The backbone first reads plain embeddings, and learning starts faster.
         for layer in [*self.input_adapter, *self.output_adapter]:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
-        # The selector starts with equal weights for all layers. Random weights would select one layer from the first
-        # step on, because the hidden states of a trained backbone are large.
+        # The layer selector starts at zero, so that omega is the same for all layers. With random weights it would
+        # select a single layer from the first step on, because the hidden states of a trained backbone are large.
         if self.config.layer_pooling == "dynamic":
             nn.init.zeros_(self.layer_selector.weight)
 
     def forward(self, ids, targets=None, layout=None, cache=None):
-        """
+        """The forward pass -> Output, with losses if targets are given.
+
         ids      int64 [B, T]
         targets  int64 [B, T], the next ids; negative ones and switch tokens are not scored. None: no losses
         layout   Layout, made here if it is not given
-        cache    Cache of the positions before ids; those of ids are added to it
+        cache    Cache of the positions before ids; the positions of ids are added to it
         """
-        is_branched = layout is not None and layout.branch is not None  # then a row is longer than its sequences
+        is_branched = layout is not None and layout.branch is not None  # a row may be longer than each sequence in it
         if ids.size(1) > self.rope.size(1) and not is_branched:
             raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
         if targets is not None and layout is None:
@@ -364,27 +371,27 @@ class SmolTolk(nn.Module):
         return out if targets is None else self.add_losses(out, targets, layout)
 
     def read(self, ids, runs=None, branch=None, speaks=True, cache=None):
-        """Everything but the losses -> Output. speaks=False skips the speech modules, for ids without speech."""
+        """The forward pass without losses -> Output. speaks=False skips the speech modules, for ids without speech."""
         T, slots = ids.size(1), torch.arange(ids.size(1), device=ids.device)
         if cache is not None:
             slots = slots + cache.slot
             cache.slot.add_(T)
-        is_plain = cache is None and branch is None  # the backbone then needs no mask, only causal attention
+        is_plain = cache is None and branch is None  # then the backbone has causal attention without a mask
         if not is_plain or not self.can_use_flash(ids):
-            runs = None                         # a mask replaces them
+            runs = None                         # a mask takes their place
         is_speech, positions, seen, within_run = find_speech(ids, self.config), slots[None], None, None
         if not is_plain or (speaks and self.input_adapter and runs is None):
             seen, within_run = make_masks(is_speech, slots, branch, cache)
         if is_plain:
             seen = None
-        if branch is not None:                  # [B, T], the positions that each sequence would have alone
+        if branch is not None:                  # [B, T], the positions as if each sequence had a row to itself
             positions = (seen.sum(-1) - 1).clamp(max=self.rope.size(1) - 1)  # padding may exceed the table
         rope = self.rope[:, positions, None]    # [2, 1 or B, T, 1, head_dim]
         pasts = [None] * 3 if cache is None else cache[:3]
 
         z = self.embed(ids) if speaks else self.model.embed_tokens(ids)  # [B, T, d]
         x = z
-        if speaks and self.input_adapter:  # embeddings of text and of the switch token stay as they are
+        if speaks and self.input_adapter:  # the embeddings of text and switch tokens are not changed
             x = apply_layers(self.input_adapter, z, rope, within_run, runs, slots, pasts[0])[-1]
             x = torch.where(is_speech[..., None], x, z)
         hidden = apply_layers(self.model.layers, x, rope, seen, None, slots, pasts[1])
@@ -397,20 +404,20 @@ class SmolTolk(nn.Module):
         return Output(hidden[-1], speech, hidden, log_omega)
 
     def can_use_flash(self, ids):
-        """FlashAttention needs half precision on CUDA, and a head_dim that is a multiple of 8 up to 256."""
+        """Whether FlashAttention works: half precision on CUDA, and a head_dim that is a multiple of 8 up to 256."""
         dtype, head_dim = self.model.embed_tokens.weight.dtype, self.rope.size(-1)
         half = dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(ids.device.type)
         return ids.is_cuda and half and head_dim % 8 == 0 and head_dim <= 256
 
     def embed(self, ids):
-        """Embeddings z: of text ids from the backbone's table; of units, speech EOS and switch from the new one."""
+        """The embeddings z [B, T, d]. Text ids use embed_tokens; units, speech EOS and switch use speech_embed."""
         V = self.config.vocab_size
         text = self.model.embed_tokens(ids.clamp(max=V - 1))
         new = self.speech_embed((ids - V).clamp(min=0))
         return torch.where((ids < V)[..., None], text, new)
 
     def pool(self, layers):
-        """Layer pooling: [c(1) .. c(L)], each [B, T, d] -> the pooled representation, ln omega [B, T, L] or None."""
+        """Layer pooling: [c(1) .. c(L)], each [B, T, d] -> (pooled states [B, T, d], ln omega [B, T, L] or None)."""
         if self.config.layer_pooling == "last":
             return layers[-1], None
         mixed = sum(w * c for w, c in zip(self.phi.softmax(0), layers))  # c', Eq. 4
@@ -421,7 +428,7 @@ class SmolTolk(nn.Module):
         return sum(w * c for w, c in zip(omega.split(1, dim=-1), layers)), log_omega  # Eq. 3
 
     def add_losses(self, out, targets, layout):
-        """Output with -ln p of each target. Each head is computed only where it predicts the target."""
+        """The Output with -ln p of each target. Each head is computed only at the positions where it has a target."""
         targets = targets.flatten()
         text_nll = nll(out.text.flatten(0, 1)[layout.text], self.model.embed_tokens.weight, targets[layout.text])
         if layout.speech is None:
@@ -435,17 +442,17 @@ class SmolTolk(nn.Module):
         return F.linear(x, self.model.embed_tokens.weight)
 
     def speech_logits(self, x):
-        """x [..., d], from Output.speech -> [..., n_units + 1]: units and speech EOS. The switch token is no target."""
+        """x [..., d], from Output.speech -> [..., n_units + 1]: units and speech EOS, without the switch token."""
         return F.linear(x, self.speech_embed.weight[:-1])
 
 
 def nll(x, weight, targets):
-    """-ln p(target) in nats, p = softmax(W x): x [n, d], weight [V, d], targets [n] -> fp32 [n].
+    """-ln p(target) in nats, p = softmax(W x): x [n, d], weight W [V, d], targets [n] -> fp32 [n].
 
-    Logits are the largest tensors of all (n x 49152). If n is large, they are computed in pieces, and once more in
-    backward.
+    The logits are the largest tensors (n x 49152). If n is large, they are computed in pieces, and again in backward.
     """
-    weight = weight.view_as(weight)  # autocast would keep a bf16 copy of a parameter and sum its gradients in bf16
+    # For a parameter, but not for a view, autocast would keep a bf16 copy and sum its gradients in bf16.
+    weight = weight.view_as(weight)
 
     def of_piece(x, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
@@ -467,12 +474,12 @@ def selector_entropy(log_omega, positions):
 # counting
 
 def is_new(name):
-    """Does the tensor of this name belong to what SmolTolk adds? Otherwise it belongs to the text backbone."""
+    """Whether SmolTolk adds the tensor of this name. All other tensors belong to the text backbone."""
     return not name.startswith("model.")
 
 
 def count_parameters(model):
-    """(text, speech): how many parameters the backbone has, and how many are added (Table 5)."""
+    """(text, speech): the numbers of parameters in the backbone and in the modules that SmolTolk adds (Table 5)."""
     sizes = [(is_new(name), p.numel()) for name, p in model.named_parameters()]
     return sum(n for new, n in sizes if not new), sum(n for new, n in sizes if new)
 
@@ -480,12 +487,12 @@ def count_parameters(model):
 def forward_flops(config, rows, length, speaks=True, n_text=0, n_speech=0):
     """(backbone, added modules): floating point operations of one forward pass. A multiply-add counts as two.
 
-    Counted are matrix products, causal attention, and the heads at n_text and n_speech targets; not norms, softmax and
-    pooling (under 1%). Training takes three times as many, or twice as many where weights are frozen.
+    The count covers matrix products, causal attention, and the heads at n_text and n_speech targets. It leaves out
+    norms, softmax and pooling (under 1%). Training takes three times as many, or twice as many for frozen weights.
     """
     d, L, positions = config.hidden_size, config.num_hidden_layers, rows * length
     d_kv = d // config.num_attention_heads * config.num_key_value_heads
-    layer = 2 * (2 * d * d + 2 * d * d_kv + 3 * d * config.intermediate_size) + 2 * d * (length + 1)  # each position
+    layer = 2 * (2 * d * d + 2 * d * d_kv + 3 * d * config.intermediate_size) + 2 * d * (length + 1)  # per position
     backbone = L * layer * positions + 2 * d * config.vocab_size * n_text
     if not speaks:
         return backbone, 0
@@ -495,7 +502,7 @@ def forward_flops(config, rows, length, speaks=True, n_text=0, n_speech=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# folders: config.json and safetensors, in and out
+# reading and writing model folders: config.json and safetensors
 
 LLAMA = tuple(("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
                "max_position_embeddings rms_norm_eps rope_theta initializer_range eos_token_id").split())
@@ -504,7 +511,7 @@ REQUIRED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp
 
 
 def read_config(folder, **overrides):
-    """config.json of a SmolLM or SmolTolk folder -> Config; overrides win. ValueError naming the file and the key."""
+    """config.json of a SmolLM or SmolTolk folder, changed by overrides -> Config. ValueError names file and key."""
     path = Path(folder) / "config.json"
     file = read_json(path)
     with reading(path, "not a Llama config.json that this model supports"):
@@ -540,17 +547,17 @@ def read_shards(folder, stem):
 
 
 def from_pretrained(folder, **overrides):
-    """A model in fp32 from a folder of SmolLM (new modules start at random) or of SmolTolk (all is read).
+    """A model in fp32 from a folder of SmolTolk, or from a folder of SmolLM with new weights for the speech modules.
 
     overrides: Config fields, e.g. rope_theta=100_000, layer_pooling="fixed" (only for a SmolLM folder).
-    Raises ValueError naming the file, and the tensor that is missing, unknown or has another shape.
+    ValueError names the file, and the tensor that is missing, unknown or has another shape.
     """
     folder = Path(folder)
     config, tensors = read_config(folder, **overrides), read_shards(folder, "model")
     has_speech = (folder / "speech.safetensors").exists()
     if has_speech:
         tensors |= read_shards(folder, "speech")
-    with torch.device("meta"):  # shapes only, because config.json may ask for more memory than this machine has
+    with torch.device("meta"):  # only shapes, because config.json may ask for more memory than this machine has
         state = SmolTolk(config).state_dict()
     wanted = {name: list(t.shape) for name, t in state.items() if has_speech or not is_new(name)}
     found = {name: list(t.shape) for name, t in tensors.items()}
@@ -564,7 +571,7 @@ def from_pretrained(folder, **overrides):
 
 
 def save_pretrained(model, folder, dtype=torch.float32):
-    """Write config.json, model.safetensors (the backbone, for transformers too) and speech.safetensors (all else)."""
+    """Write config.json, model.safetensors (the backbone, as in transformers) and speech.safetensors (all the rest)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields = dataclasses.asdict(model.config)

@@ -1,18 +1,18 @@
 """
-Talk to a checkpoint: text or speech in, text or speech out.
+Generate text or speech with a checkpoint, after a prompt of text or speech.
 
     python sample.py --checkpoint=out/train_tiny --prompt="Last week, Anna" --to=speech --out=answer.wav
     python sample.py --checkpoint=out/train_tiny --prompt=answer.wav --to=text
-    python sample.py --checkpoint=out/train_tiny --to=speech:60,text:20,speech:60       # no prompt, back and forth
+    python sample.py --checkpoint=out/train_tiny --to=speech:60,text:20,speech:60       # no prompt, three parts
     python sample.py --checkpoint=weights/smollm2-135m --prompt="Once" --prompt="Twice" # a text LM, a batch of two
 
 A prompt is text, a sound file, or a file of units (.json or .npy; repeated units count once, as in training). Text is
-printed as it is made. Speech goes to a sound file. Its units go to a .json with the same name, which can be a prompt
-again. In a batch, or with several parts, the names get the numbers of row and part: answer-2-1.wav.
+printed as it is made. Speech is written to a sound file, and its units to a .json file with the same name, which can
+serve as a prompt. With several prompts or parts, file names get the numbers of prompt and part: answer-2-1.wav.
 
-The model never chooses the modality: --to does. Each part uses one head only, so it cannot contain a symbol of the
-other modality or a switch token. A part ends with the EOS of its modality, which is not kept, or when it is long
-enough. Then a switch token is read, and the other head takes over.
+The modality is chosen by --to, never by the model. Each part uses one head only, so it cannot contain a symbol of the
+other modality or a switch token. A part ends at the EOS of its modality, which is dropped, or at its maximum length.
+Then the model reads a switch token, and the next part uses the other head.
 """
 import codecs
 import itertools
@@ -34,24 +34,24 @@ from model import TEXT_ONLY, from_pretrained, new_cache
 from runtime.devices import pick_device
 from runtime.tokenizer import Tokenizer
 
-checkpoint = "out/train_tiny"  # folder of a run (its newest checkpoint is taken) or of a model, SmolLM's too
-prompt = []                    # text, a sound file or a file of units; repeat it for a batch, or leave it out
+checkpoint = "out/train_tiny"  # folder of a run (its newest checkpoint is used) or of a model, SmolTolk or SmolLM
+prompt = []                    # text, a sound file or a file of units; optional; repeat --prompt for a batch
 to = "text"                    # what to make: text, speech, or several parts with lengths, as in text:30,speech:100
-max_new = 128                  # most symbols in a part without a length
-temperature = 0.8              # 0: always the likeliest symbol
-top_k = 0                      # draw only among the k likeliest symbols; 0: among all
-top_p = 1.0                    # draw only among the fewest likeliest symbols whose probabilities sum up to this
-seed = 1                       # of the draws
+max_new = 128                  # maximum number of symbols in a part without a length
+temperature = 0.8              # 0: always the most likely symbol
+top_k = 0                      # draw only from the k most likely symbols; 0: from all
+top_p = 1.0                    # draw only from the smallest set of most likely symbols with this total probability
+seed = 1                       # for drawing symbols
 units = "data/demo/units"      # folder of the unit vocabulary that the checkpoint was trained with
 vocoder = ""                   # folder of a vocoder, for HuBERT units
 out = "answer.wav"             # sound file for speech, .wav or .flac
-device = "auto"                # "cuda", "cpu", "mps", or the best there is
+device = "auto"                # "cuda", "cpu", "mps", or "auto" for the best one available
 dtype = "float32"              # or "bfloat16", "float16": half the memory, and faster on a GPU
-compile = False                # torch.compile, on CUDA with CUDA graphs: minutes to start, then faster
+compile = False                # torch.compile, on CUDA with CUDA graphs: starts minutes later, then runs faster
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, float, str, list)) and not k.startswith("_")}
 SOUND = (".wav", ".flac", ".ogg", ".mp3", ".sph", ".g722", ".m4a", ".mp4", ".webm")
-SILENCE = 1e-3                 # of full scale, -60 dB: a recording below it counts as silent
+SILENCE = 1e-3                 # share of full scale (-60 dB) below which a recording counts as silent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,9 +60,9 @@ SILENCE = 1e-3                 # of full scale, -60 dB: a recording below it cou
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw a symbol for each row: logits [B, n] -> int64 [B].
 
-    temperature   divides the logits; 0: take the likeliest symbol
-    top_k         only the k likeliest; 0: all
-    top_p         of those, renormalised, only the fewest likeliest whose probabilities sum up to this or more
+    temperature   divides the logits; 0: take the most likely symbol
+    top_k         draw only from the k most likely symbols; 0: from all
+    top_p         of these, renormalised, draw only from the smallest set of most likely ones that reaches this sum
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -71,13 +71,14 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # sorted
     p = logits.softmax(-1)
     if top_p < 1:
-        p = p * (p.cumsum(-1) - p < top_p)  # keep a symbol if those before it do not suffice; the first always stays
+        # A symbol stays if the more likely ones have less than top_p. The first always stays.
+        p = p * (p.cumsum(-1) - p < top_p)
     drawn = torch.multinomial(p, 1, generator=generator)
     return (drawn if index is None else index.gather(-1, drawn))[:, 0]
 
 
 def step(model, ids, cache, modality, speaks):
-    """Read ids [B, T] after what the cache holds -> logits [B, n] of the next symbol. speaks: see SmolTolk.read."""
+    """Read ids [B, T] after those in the cache -> logits [B, n] of the next symbol. speaks: see SmolTolk.read."""
     output = model(ids, layout=None if speaks else TEXT_ONLY, cache=cache)
     if modality == "text":
         return model.text_logits(output.text[:, -1])
@@ -85,7 +86,7 @@ def step(model, ids, cache, modality, speaks):
 
 
 def read_prompts(model, rows, modality, length):
-    """Read rows of ids, padded on the left -> (logits [B, n] of the next symbol, a Cache of so many slots)."""
+    """Read rows of ids, padded on the left -> (logits [B, n] of the next symbol, a Cache with `length` slots)."""
     longest = max(map(len, rows))
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows])
     cache = new_cache(model, torch.tensor([longest - len(ids) for ids in rows]), length)
@@ -94,7 +95,7 @@ def read_prompts(model, rows, modality, length):
 
 
 def compile_step(cache):
-    """The step compiled for one symbol at a time; on CUDA it is recorded as a CUDA graph."""
+    """step(), compiled for one symbol at a time. On CUDA it is recorded as a CUDA graph."""
     for tensor in (*cache[3:], *(t for stack in cache[:3] for pair in stack for t in pair)):
         torch._dynamo.mark_static_address(tensor)  # CUDA graphs may write into it
     return torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
@@ -102,17 +103,18 @@ def compile_step(cache):
 
 @torch.inference_mode()
 def generate(model, openings, plan, pick, compiled=False):
-    """Yield the symbols as they are made: (number of the part, [B] ids, None in rows whose part is over).
+    """Yield (number of the part, list of B ids) at each step. The id is None in a row whose part is over.
 
-    openings   a nonempty list of ids for each row, in the model's id space, with the switch token if one is due
-    plan       (modality, most symbols) of each part; modalities take turns
-    pick       logits [B, n] -> ids [B], as draw() does
-    Ids count from 0 in both modalities, as in a tokenizer or a unit vocabulary. EOS is not among them.
+    openings   a nonempty list of ids for each row, in the model's id space, with a switch token before the first part
+               if it has another modality
+    plan       (modality, maximum number of symbols) of each part; modalities alternate
+    pick       function from logits [B, n] to ids [B], such as draw()
+    The ids yielded count from 0 in both modalities, as in a tokenizer or a unit vocabulary. EOS is never yielded.
     """
     config, rows = model.config, [list(ids) for ids in openings]
     length = positions_needed(openings, plan)  # the same for all parts, so that compiled steps fit all of them
     for part, (modality, most) in enumerate(plan):
-        # EOS is counted among the head's own symbols; first_id is the first of them in the shared id space.
+        # eos is an index into the logits of the head. Logit 0 belongs to first_id in the shared id space.
         eos, first_id = (config.eos_token_id, 0) if modality == "text" else (config.n_units, config.vocab_size)
         if part:
             rows = [[*ids, config.switch] for ids in rows]
@@ -128,21 +130,21 @@ def generate(model, openings, plan, pick, compiled=False):
             going = [symbol is not None for symbol in symbols]
             if made == most or not any(going):
                 break
-            # A row whose part is over goes on, but its further symbols are dropped: the next part reads rows anew.
+            # A row whose part is over is still computed, but its symbols are dropped. The next part rereads all rows.
             logits = next_step(model, drawn[:, None] + first_id, cache, modality, modality == "speech")
 
 
 def positions_needed(openings, plan):
-    """How many symbols the longest row may come to read."""
-    # A switch token is read between parts. The last symbol is not read.
+    """The maximum number of symbols that the longest row can read."""
+    # The model reads a switch token between two parts. It does not read the last symbol.
     return max(map(len, openings)) + sum(most for _, most in plan) + len(plan) - 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what goes in
+# input: the plan and the prompts
 
 def read_plan(to, max_new):
-    """"speech:60,text" -> [("speech", 60), ("text", max_new)]; ValueError."""
+    """The plan in --to: "speech:60,text" -> [("speech", 60), ("text", max_new)]. ValueError."""
     plan = []
     for part in to.split(","):
         modality, colon, n = part.strip().partition(":")
@@ -155,7 +157,7 @@ def read_plan(to, max_new):
 
 
 def read_units(path, n_units):
-    """The units in a .json (a list) or .npy, without repeats; ValueError."""
+    """The units in a .json (a list) or .npy file, each run of equal units reduced to one. ValueError."""
     from speech.units import collapse, read_ids
 
     ids = read_ids(path)
@@ -165,7 +167,7 @@ def read_units(path, n_units):
 
 
 def read_sound(path, vocabulary):
-    """The units of a sound file; ValueError."""
+    """The units of a sound file. ValueError."""
     from speech.audio import read_audio
 
     waveform = read_audio(path)
@@ -178,13 +180,13 @@ def read_sound(path, vocabulary):
 
 
 def kind_of(prompt):
-    """What a --prompt is, by its ending: "units", "sound" or "text"."""
+    """The kind of a --prompt, which its ending decides: "units", "sound" or "text"."""
     suffix = Path(prompt).suffix.lower()
     return "units" if suffix in (".json", ".npy") else "sound" if suffix in SOUND else "text"
 
 
 def opening(prompt, first, config, tokenizer, vocabulary):
-    """The ids that a row begins with: EOS, the prompt if any, and a switch token if the first part needs one."""
+    """The ids at the beginning of a row: EOS, the prompt if any, and a switch token if the first part needs one."""
     if prompt is None:
         return prompt_sequence([], [], (first, first), config)[0]
     if not prompt.strip():
@@ -197,7 +199,7 @@ def opening(prompt, first, config, tokenizer, vocabulary):
 
 
 def check_settings(c):
-    """ValueError for settings that make no sense."""
+    """ValueError for invalid settings."""
     if c.temperature < 0 or c.top_k < 0 or not 0 < c.top_p <= 1:
         raise ValueError(f"temperature={c.temperature}, top_k={c.top_k}, top_p={c.top_p}: the first two must not be"
                          f" negative, and top_p must be more than 0 and at most 1")
@@ -208,10 +210,10 @@ def check_settings(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what comes out
+# output: text and sound files
 
 def write_speech(ids, path, vocabulary, vocoder):
-    """Speak units into a sound file, and write them to a .json with the same name."""
+    """Synthesise units to a sound file, and write them to a .json file with the same name."""
     from speech.audio import SAMPLE_RATE, write_audio
     from speech.units import resynthesise
 
@@ -223,7 +225,7 @@ def write_speech(ids, path, vocabulary, vocoder):
 
 
 def show(rows, modality, part, parts, c, tokenizer, vocabulary, vocoder):
-    """Print a part's texts, or write its speech. rows: a list of ids for each row."""
+    """Print the texts of a part, or write its speech. rows: a list of ids for each row."""
     for row, ids in enumerate(rows):
         if not ids:
             print(f"prompt {row + 1}: no {modality}, EOS came first", file=sys.stderr)
@@ -236,7 +238,7 @@ def show(rows, modality, part, parts, c, tokenizer, vocabulary, vocoder):
 
 
 def talk(c, model, openings, plan, tokenizer, vocabulary, vocoder):
-    """Make all parts of all rows, and show them. The text of a single row is printed as it is made."""
+    """Generate all parts of all rows, and print or write them. The text of a single row is printed as it is made."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(c.seed)
     pick = partial(draw, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, generator=generator)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # prints a character once it has all its bytes
@@ -259,7 +261,7 @@ def talk(c, model, openings, plan, tokenizer, vocabulary, vocoder):
 
 
 def main(argv):
-    # --prompt can be given several times, which configure() does not know.
+    # --prompt may occur several times, which configure() does not support.
     prompts = [arg.removeprefix("--prompt=") for arg in argv if arg.startswith("--prompt=")]
     settings, _ = configure(DEFAULTS, [arg for arg in argv if not arg.startswith("--prompt=")])
     c = SimpleNamespace(**settings)
@@ -284,12 +286,12 @@ def main(argv):
         if needed > most:
             raise ValueError(f"prompt too long: {max(map(len, openings))} symbols, {needed} with those that --to and"
                              f" --max_new add; the model has {most} positions")
-        if "speech" in kinds:  # speak one unit first, so that a missing part shows before anything is made
+        if "speech" in kinds:  # synthesise one unit, so that a missing file or package is noticed at once
             from speech.units import resynthesise
             from speech.vocoder import load_vocoder
             vocoder = load_vocoder(c.vocoder, device) if c.vocoder else None
             resynthesise(np.zeros(1, np.int64), vocabulary, vocoder)
-    except (ValueError, RuntimeError) as error:  # says what and where; RuntimeError: a package that is missing
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a package is missing
         raise SystemExit(str(error)) from None
     talk(c, model.to(device, getattr(torch, c.dtype)).eval(), openings, plan, tokenizer, vocabulary, vocoder)
 

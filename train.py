@@ -1,18 +1,18 @@
 """
 Train a text-speech language model, stage by stage.
 
-    python train.py config/train_tiny.py                          a tiny run that makes its own data: ten minutes
+    python train.py config/train_tiny.py                          a tiny run, which first makes its data: ten minutes
     torchrun --nproc_per_node=4 train.py config/train_150m.py     four GPUs
     python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100 --out_dir=out/mine
-    python train.py config/train_tiny.py --resume=true            go on from the newest checkpoint, exactly
+    python train.py config/train_tiny.py --resume=true            continue exactly from the newest checkpoint
 
-The settings are those below, as changed by the config file, as changed by --key=value. The folder of a run holds
-settings.json, log.jsonl (one line per logged step), checkpoint-* and, at the end, results.json and loss.png. SIGTERM,
-SIGUSR1 and Ctrl-C end a run after the present step, with a checkpoint. If a loss or gradient is not finite, the run
-names the sequences and ends, and no weight is changed.
+The settings below are changed first by the config file and then by --key=value. The folder of a run holds
+settings.json, log.jsonl (one line per logged step), checkpoint-* and, at the end, results.json and loss.png. After
+SIGTERM, SIGUSR1 or Ctrl-C a run finishes its present step, writes a checkpoint and ends. If a loss or gradient is not
+finite, the run names the sequences that caused it and ends without changing a weight.
 """
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -54,19 +54,19 @@ from runtime.tokenizer import Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 out_dir = ""                # default: out/<name of the config file>
-resume = False              # go on from the newest checkpoint in out_dir
-seed = 1                    # of the new weights and of all data
-log_interval = 10           # steps
+resume = False              # continue from the newest checkpoint in out_dir
+seed = 1                    # for the new weights and all data
+log_interval = 10           # steps between lines of the log
 eval_interval = 500         # steps between held-out scores
 eval_sequences = 64         # held-out sequences of each kind; the final table uses four times as many
 eval_cloze_items = 100      # Topic-Cloze items during training; the final table uses all
-checkpoint_interval = 500   # steps
-keep_checkpoints = 2        # the newest ones stay
-keep_every = 0              # so do those of multiples of this step; 0: none
-wandb_project = ""          # log to this project of wandb too
-tensorboard = False         # log to TensorBoard too, in out_dir
+checkpoint_interval = 500   # steps between checkpoints
+keep_checkpoints = 2        # number of newest checkpoints to keep
+keep_every = 0              # also keep checkpoints at multiples of this step; 0: none
+wandb_project = ""          # also log to this wandb project
+tensorboard = False         # also log to TensorBoard, in out_dir
 
-# the data. A list of folders is drawn in proportion to size, a dict {folder: weight} in proportion to the weights
+# the data. A list of folders is sampled in proportion to size, a dict {folder: weight} in proportion to weight.
 demo = ""                   # folder of the demo corpus: made if it is missing, and used for all data not named below
 tokenizer = ""              # a SmolLM-style tokenizer.json
 units = ""                  # folder of the speech units (units.json)
@@ -77,17 +77,17 @@ val_text = []               # held-out data sets with text
 val_speech = []             # held-out data sets with speech
 val_interleaved = []        # held-out paired data sets
 cloze = ""                  # Topic-Cloze set
-text_span = [10, 30]        # words of a text span in interleaved sequences, least and most
-speech_span = [5, 15]       # words of a speech span
-sequence_length = 2048      # tokens
-batch_tokens = 2**20        # tokens of one optimizer step, over all processes
-micro_batch = 8             # sequences of one forward pass
+text_span = [10, 30]        # fewest and most words of a text span in interleaved sequences
+speech_span = [5, 15]       # fewest and most words of a speech span
+sequence_length = 2048      # tokens in a sequence
+batch_tokens = 2**20        # tokens in one optimizer step, over all processes
+micro_batch = 8             # sequences in one forward pass
 
 # the model
-init_from = ""              # a SmolLM folder to start from; its shape then replaces that of the backbone below
+init_from = ""              # a SmolLM folder to start from; the backbone's shape is then read from it, not set below
 vocab_size = 0              # 0: the tokenizer's
-hidden_size = 576           # of the backbone, and of the adapters' layers
-intermediate_size = 1536    # of their MLPs
+hidden_size = 576           # of the backbone and the adapters
+intermediate_size = 1536    # of the MLPs in both
 num_hidden_layers = 30      # of the backbone
 num_attention_heads = 9     # of each layer
 num_key_value_heads = 3     # a divisor of num_attention_heads
@@ -97,14 +97,14 @@ input_adapter_layers = 2    # 0: none
 output_adapter_layers = 2   # 0: none
 layer_pooling = "dynamic"   # or "fixed", "last"
 residual = True             # add the embeddings to the pooled layers (Eq. 5)
-beta = 0.0                  # weight of the layer selector's entropy, which is rewarded (Eq. 6)
+beta = 0.0                  # weight of a bonus for the entropy of the layer selector (Eq. 6)
 
 # the stages, one after the other, each with a fresh optimizer
 #   mixture        parts of each kind of sequence, whole numbers
 #   train          "all", "new" (what SmolTolk adds; the backbone is frozen) or "text" (the backbone alone)
-#   learning_rate  of the backbone; speech_learning_rate of what is added (0: the same)
-#   warmup         steps in which the learning rate rises linearly
-#   decay          the last share of the steps, in which it falls linearly to 0; 0: it stays constant
+#   learning_rate  of the backbone; speech_learning_rate is for what SmolTolk adds (0: the same rate)
+#   warmup         number of steps over which the learning rate rises linearly
+#   decay          share of the steps, at the end, over which it falls linearly to 0; 0: it stays constant
 stages = dict(              # steps, mixture, train, learning rates, warm-up and decay of each stage; see train.py
     stage1=dict(steps=1000, mixture=dict(interleaved=1), train="new", speech_learning_rate=3e-3, warmup=100, decay=0.2),
     stage2=dict(steps=15000, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
@@ -115,53 +115,54 @@ weight_decay = 0.1          # of matrices
 grad_clip = 1.0             # largest norm of the gradient; 1e9: no clipping
 
 # the machine
-device = "auto"             # "cuda", "cpu", "mps", or the best there is
-dtype = "auto"              # "bfloat16" (autocast) or "float32"; auto: bfloat16 where the hardware multiplies in it
+device = "auto"             # "cuda", "cpu", "mps", or "auto" for the best one available
+dtype = "auto"              # "bfloat16" (autocast) or "float32"; "auto": bfloat16 if the hardware supports it
 compile = False             # torch.compile
 recompute = False           # compute the MLPs' activations again in backward, which saves memory
 # ---------------------------------------------------------------------------------------------------------------------
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (bool, int, float, str, list, dict))
             and not k.startswith("_")}
-# What a stage leaves out, and what lies where in the demo's folder:
+# The defaults of a stage, and the files and folders inside the demo corpus:
 STAGE = dict(steps=0, mixture={}, train="all", learning_rate=3e-4, speech_learning_rate=0.0, warmup=0, decay=0.0)
 DEMO = dict(tokenizer="tokenizer.json", units="units", text="text", speech="paired", interleaved="paired",
             val_text="val", val_speech="val", val_interleaved="val", cloze="cloze")
-# What may change when a run is resumed. The contents of the training data are compared instead.
+# Settings that may change when a run is resumed. Paths of data may change, but the training data itself is compared.
 MAY_CHANGE = {*DEMO, *("demo init_from device dtype compile recompute micro_batch log_interval "
               "eval_interval eval_sequences eval_cloze_items checkpoint_interval keep_checkpoints keep_every "
               "wandb_project tensorboard").split()}
 
 
 class Data(NamedTuple):
-    """All that a run reads, opened and checked."""
+    """All data of a run, opened and checked."""
     tokenizer: Tokenizer
     train: dict               # {kind: data.Source}
-    held: dict                # the same, held out
+    held: dict                # {kind: data.Source}, held out
     cloze: DataSet | None
     identity: dict            # {name of a set: [hash, share in its source, folder]}
     files: dict               # {name: contents} of tokenizer.json and units.json, for checkpoints
 
 
 class Run(NamedTuple):
-    """What stays the same from the first step to the last."""
+    """The objects that a run uses from its first step to its last."""
     c: SimpleNamespace        # the settings
     world: World
     data: Data
     about: dict               # settings and identity of the data, for train.json
     log: Log
     autocast: object
-    heard: list               # signals that ask the run to stop
-    resumed: Path             # the checkpoint that the run goes on from
-    unsaved: list             # why the last checkpoint could not be written, if so
+    heard: list               # names of the signals received, which ask the run to stop
+    resumed: Path             # the checkpoint from which the run continues
+    unsaved: list             # the error message, if the last checkpoint could not be written
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
 def train(run, model, progress):
-    """Train all stages from `progress` on: a dict {stage, step, total, tokens, flops, seconds}, updated in place.
+    """Train all stages from `progress` on. Returns whether a signal ended the run.
 
-    Its step counts within the stage, total over all stages. Returns whether a signal ended the run.
+    progress: {stage, step, total, tokens, flops, seconds}, updated in place. `step` counts within the stage,
+    `total` over all stages.
     """
     c, world, log = run.c, run.world, run.log
     for number, (name, stage) in list(enumerate(c.stages.items()))[progress["stage"]:]:
@@ -210,15 +211,15 @@ def train(run, model, progress):
 
 
 def add_gradients(net, batches, beta, autocast, world):
-    """Add the gradients of one optimizer step's loss to those of the parameters.
+    """Compute the loss of one optimizer step, and add its gradients to the parameters' .grad.
 
     net        the model, or the DistributedDataParallel around it
     batches    the step's micro-batches of this process, on the CPU
     beta       weight of the entropy bonus
     Returns (sums, n_targets). sums [3]: text NLL, speech NLL and selector entropy in nats, summed over the targets of
-    this process. n_targets: how many text and speech targets the step has in all processes together.
+    this process. n_targets: the numbers of text and speech targets of the step, over all processes.
     """
-    # The loss is one mean over all targets of the step, no matter how processes and micro-batches divide them.
+    # The loss is the mean over all targets of the step, no matter how processes and micro-batches divide them.
     n_text, n_speech = all_sum(count_targets(batches), world).tolist()
     sums = torch.zeros(3, device=world.device)
     for i, batch in enumerate(batches):
@@ -238,14 +239,14 @@ def add_gradients(net, batches, beta, autocast, world):
 
 
 def schedule(step, stage):
-    """Share of the learning rate at a step of the stage: linear warm-up, constant, linear decay to 0 after the last."""
+    """Factor for the learning rate at a step of the stage: linear warm-up, constant, linear decay to 0 at the end."""
     rise = (step + 1) / max(1, stage["warmup"])
     fall = (stage["steps"] - step) / max(1.0, stage["decay"] * stage["steps"])
     return min(1.0, rise, fall if stage["decay"] else 1.0)
 
 
 def shown_rates(stage, factor):
-    """Learning rates of the backbone and of the new modules; 0 for what is frozen."""
+    """(learning rate of the backbone, of the new modules); 0 if frozen."""
     return (factor * stage["learning_rate"] if stage["train"] != "new" else 0.0,
             factor * stage["speech_learning_rate"] if stage["train"] != "text" else 0.0)
 
@@ -256,13 +257,13 @@ def is_due(interval, progress, stage):
 
 
 def count_targets(batches):
-    """(text, speech) targets of some micro-batches."""
+    """(text, speech): the numbers of targets in some micro-batches."""
     return (sum(len(batch.layout.text) for batch in batches),
             sum(len(batch.layout.speech) for batch in batches if batch.layout.speech is not None))
 
 
 def step_flops(config, batches, stage):
-    """FLOPs of forward and backward in this process. Frozen weights need no gradients."""
+    """FLOPs of forward and backward in this process: 3 x forward, or 2 x where frozen weights need no gradients."""
     total = 0
     for batch in batches:
         n_text, n_speech = count_targets([batch])
@@ -318,7 +319,7 @@ def stop_not_finite(run, model, stage, number, progress, batches):
         names += f" and {len(bad) - 8} more" if len(bad) > 8 else ""
         print(f"step {step}, rank {run.world.rank}: {what.format(names)}", file=sys.stderr)
     if run.world.size > 1:
-        torch.distributed.barrier()  # all have printed before torchrun ends the others
+        torch.distributed.barrier()  # let every process print before torchrun ends them
     raise SystemExit(f"step {step}: the loss or its gradient is not finite, and no weight was changed. Go on from the"
                      " checkpoint before it with a lower learning rate or without that data")
 
@@ -327,7 +328,7 @@ def stop_not_finite(run, model, stage, number, progress, batches):
 # model and optimizer
 
 def build_model(c, tokenizer):
-    """A fresh model: new, or on top of the SmolLM weights in init_from. SystemExit or ValueError."""
+    """The model of a new run, with new weights or with a backbone read from init_from. SystemExit or ValueError."""
     torch.manual_seed(c.seed)
     shape = {field.name: getattr(c, field.name) for field in dataclasses.fields(Config) if hasattr(c, field.name)}
     if not c.init_from:
@@ -344,13 +345,13 @@ def build_model(c, tokenizer):
 
 
 def set_trainable(model, what):
-    """what: "all"; "new", which is all that SmolTolk adds; or "text", the backbone alone."""
+    """Freeze all weights but `what`: "all"; "new", which SmolTolk adds; or "text", the backbone."""
     for name, p in model.named_parameters():
         p.requires_grad_(what in ("all", "new" if is_new(name) else "text"))
 
 
 def make_optimizer(model, c):
-    """Fresh AdamW for what is trainable, in four groups: backbone or new; matrices (with weight decay) or not."""
+    """A new AdamW for the trainable weights, grouped by module (backbone or new). Only matrices have weight decay."""
     groups = []
     for new in (False, True):
         for matrix in (True, False):
@@ -362,6 +363,7 @@ def make_optimizer(model, c):
 
 
 def load_optimizer(optimizer, model, folder):
+    """Read the state of AdamW from a checkpoint."""
     saved = load_file(folder / "optimizer.safetensors")
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -369,12 +371,13 @@ def load_optimizer(optimizer, model, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# beginning, checkpoints, end
+# starting a run, checkpoints, and ending it
 
 def save_checkpoint(run, model, optimizer, progress):
     """Write checkpoint-<step>: weights, tokenizer.json, units.json, optimizer.safetensors and train.json.
 
-    If the disk is full, training goes on, and run.unsaved says what was wrong until a later checkpoint is written.
+    If this fails, for example on a full disk, training continues. run.unsaved holds the error message until a later
+    checkpoint is written.
     """
     if run.world.rank != 0:
         return
@@ -396,15 +399,15 @@ def save_checkpoint(run, model, optimizer, progress):
 
 
 def begin(c, world, tokenizer, about):
-    """(model, progress, the checkpoint to go on from, {what has changed since: [was, is]}).
+    """(model, progress, the checkpoint to continue from, {what has changed since: [was, is]}).
 
-    They are those of the newest good checkpoint, on --resume=true and when torchrun restarts all processes because one
-    has died; otherwise those of a fresh run. A fresh run never overwrites another.
+    A run continues from its newest good checkpoint with --resume=true, and also when torchrun restarts all processes
+    after one has died. Otherwise a new run begins. It never overwrites another run.
     """
     restarted = all_sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), world) > 0
 
     def choose():
-        """{folder, progress, changed}, decided by the first process."""
+        """Return {folder, progress, changed}. This is called in the first process only."""
         has_checkpoints = len(checkpoint.checkpoints(c.out_dir)) > 0
         if has_checkpoints and not (c.resume or restarted):
             raise SystemExit(f"{c.out_dir}: holds a run already; go on with --resume=true, or set another --out_dir")
@@ -434,7 +437,7 @@ def begin(c, world, tokenizer, about):
 
 
 def finish(run, model, progress, started):
-    """The final table, in fp32: results.json, the terminal, and the curves. False if a signal came before."""
+    """Compute the final scores in fp32, print and write them, and draw the curves. False if a signal came first."""
     c, scores = run.c, held_out(model, run, 4 * run.c.eval_sequences)
     if scores is None or run.world.rank != 0:
         return scores is not None
@@ -443,13 +446,13 @@ def finish(run, model, progress, started):
                    flops=progress["flops"], training_seconds=progress["seconds"], **scores,
                    seconds=time.perf_counter() - started)
     replace_file(Path(c.out_dir) / "results.json", json.dumps(results, indent=1))
-    importlib.import_module("tools.figures").loss_curves(c.out_dir)  # imported here, because matplotlib takes long
+    importlib.import_module("tools.figures").loss_curves(c.out_dir)  # here, because matplotlib is slow to import
     print(report.as_text(results))
     print(f"{results['seconds'] / 60:.1f} minutes; {c.out_dir}/results.json, loss.png, log.jsonl")
     return True
 
 
-@record  # torchrun then shows the first error of all
+@record  # makes torchrun report the process that failed first
 def main(argv):
     settings, name = configure(DEFAULTS, argv, complete_stages)
     reuse_memory()
@@ -457,14 +460,14 @@ def main(argv):
     c = check_settings(settings, name, world)
     try:
         data = open_data(c, world)
-        about = json.loads(json.dumps(dict(settings=vars(c), data=data.identity)))  # as it comes back from train.json
+        about = json.loads(json.dumps(dict(settings=vars(c), data=data.identity)))  # as read back from train.json
         model, progress, resumed, changed = begin(c, world, data.tokenizer, about)
         check_cloze(data.cloze, model.config.max_position_embeddings)
-    except ValueError as error:  # of a reader; it says which file and what is wrong
+    except ValueError as error:  # its message names the file and the fault
         raise SystemExit(str(error)) from None
     dtype = pick_dtype(c.dtype, world.device)
     autocast = torch.autocast(world.device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
-    model.apply(lambda module: setattr(module, "recompute", c.recompute))  # the MLPs look at it
+    model.apply(lambda module: setattr(module, "recompute", c.recompute))  # only MLP uses it
     if c.compile:
         model.compiled_read = torch.compile(model.read)
     if world.rank == 0:
@@ -489,7 +492,7 @@ def main(argv):
 
 def open_data(c, world):
     """Open all data -> Data. Fills in c.vocab_size and c.n_units, and makes the demo corpus. SystemExit, ValueError."""
-    if not c.tokenizer:  # not even the demo corpus is named
+    if not c.tokenizer:  # a demo corpus would have one, but none is set
         raise SystemExit("tokenizer: not set; name a config, for example: python train.py config/train_tiny.py")
     if c.demo:
         on_first(lambda: importlib.import_module("corpora.demo").make(c.demo), world)  # returns at once if it exists
@@ -523,7 +526,7 @@ def open_data(c, world):
 
 
 def check_cloze(cloze, positions):
-    """DataError for a Topic-Cloze set that a model with so many positions could not score after hours of training."""
+    """DataError if a model with this many positions could not score the Topic-Cloze set at the end of training."""
     if cloze is None:
         return
     if cloze.meta["kind"] != "paired" or cloze.meta["documents"] % 3:
@@ -536,7 +539,7 @@ def check_cloze(cloze, positions):
 
 
 def complete_stages(settings):
-    """Fill in what stages leave out, and refuse unknown keys and wrong types."""
+    """Fill in the defaults of each stage. SystemExit for unknown keys and wrong types."""
     for name, stage in settings["stages"].items():
         if not isinstance(stage, dict):
             raise SystemExit(f"stages.{name}={stage!r}: a stage is a dict of {', '.join(STAGE)}")
@@ -548,7 +551,7 @@ def complete_stages(settings):
 
 
 def check_settings(settings, name, world):
-    """Fill in derived values, and refuse settings that would spoil a run. Returns the settings as a namespace."""
+    """Fill in derived values -> the settings as a namespace. SystemExit for invalid settings."""
     c = SimpleNamespace(**settings)
     c.out_dir = c.out_dir or f"out/{name}"
     for key, file in DEMO.items() if c.demo else ():
@@ -573,12 +576,15 @@ def check_settings(settings, name, world):
         raise SystemExit(f"batch_tokens={c.batch_tokens} is not a whole number of sequences of {c.sequence_length} for"
                          f" each of {world.size} processes; set --batch_tokens to a multiple of"
                          f" {c.sequence_length * world.size}")
+    if c.wandb_project and not importlib.util.find_spec("wandb"):
+        raise SystemExit("wandb_project: wandb is missing: pip install wandb")
     if c.dtype not in ("auto", "bfloat16", "float32"):
         raise SystemExit(f"dtype={c.dtype}: choose auto, bfloat16 or float32")
     return c
 
 
 def check_stage(name, stage):
+    """SystemExit for an invalid stage."""
     for kind, parts in stage["mixture"].items():
         if kind not in ("text", "speech", "interleaved") or not isinstance(parts, int) or parts < 1:
             raise SystemExit(f"stages.{name}.mixture: {kind}={parts!r}; give text, speech, interleaved in whole parts")

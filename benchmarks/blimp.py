@@ -8,7 +8,7 @@ KEYS = dict(good="sentence_good", bad="sentence_bad", field="field", phenomenon=
 
 
 def read(folder):
-    """[{good, bad, field, phenomenon, paradigm}] from the .jsonl files of a folder. ValueError names file and line."""
+    """[{good, bad, field, phenomenon, paradigm}] of the .jsonl files in a folder. ValueError names file and line."""
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
         raise ValueError(f"{folder}: no .jsonl files; give the folder of BLiMP's 67")

@@ -1,4 +1,4 @@
-"""Sound files as speech units, which are kept for the next checkpoint."""
+"""Turn sound files into speech units, and store the units for the next checkpoint."""
 import hashlib
 import os
 from pathlib import Path
@@ -13,13 +13,13 @@ from runtime.files import digest, read_array
 
 
 def fingerprint(files):
-    """{number, sha256} of many files: how many they are, and one hash over their names and contents."""
+    """{number, sha256} of a set of files: their number, and one hash over their names and contents."""
     lines = sorted(f"{digest(path)} {path.name}" for path in set(files))
     return dict(number=len(lines), sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest())
 
 
 def check_units(units, folder):
-    """ValueError if the checkpoint in a folder was trained with other units than those in the folder `units`."""
+    """ValueError if the checkpoint in `folder` was trained with other units than those in the folder `units`."""
     from speech.units import read_vocabulary
 
     wanted = made_with(folder)[1]
@@ -30,8 +30,8 @@ def check_units(units, folder):
 def hear_files(evaluator, files):
     """The units of sound files in the model's id space, one list of ids per file.
 
-    They are kept in settings.cache as one array, in which n_units ends each file. Its name is made of the hashes of all
-    files and of the units. The work is shared among the processes. ValueError names a file that cannot be used.
+    They are stored in settings.cache as one array, in which n_units marks the end of each file. The array's name comes
+    from the hashes of the files and of the units. The processes share the work. ValueError names an unusable file.
     """
     world, config = evaluator.world, evaluator.model.config
     evaluator.used += files
@@ -78,7 +78,7 @@ def listen(evaluator, files):
                 heard[i] = [*units, end]
                 sizes[i] = len(heard[i])
 
-    # Each process fills in what it has heard and leaves zeros elsewhere. The sum over processes is the whole.
+    # Each process fills in the units of its files and leaves zeros elsewhere. The sum is the full array.
     ends = np.cumsum(all_sum(sizes, world).numpy()).astype(np.int64)
     flat = np.zeros(ends[-1])
     for i, units in heard.items():

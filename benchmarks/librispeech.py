@@ -1,4 +1,4 @@
-"""Negative log-likelihood of whole documents, of LibriSpeech's speech or of any text: each document by itself."""
+"""Negative log-likelihood of whole documents, each scored separately: LibriSpeech's speech, or any text."""
 import numpy as np
 
 from data import open_source
@@ -7,7 +7,8 @@ from data import open_source
 def overlapping_windows(n, limit):
     """[(start, first scored, end)]: windows of at most `limit` inputs over n tokens that score tokens 1..n-1 once each.
 
-    The first window scores all it has. Later ones overlap by half, so every token has at least half a window before it.
+    The first window scores all its tokens but the first. Later windows overlap by half, so that at least half a window
+    comes before each token they score.
     """
     windows, done = [], 1
     while done < n:
@@ -18,16 +19,16 @@ def overlapping_windows(n, limit):
 
 
 def score(evaluator, sets, protocol, stream):
-    """{nll, stderr, tokens, documents, perplexity} of data sets, by their stream "speech" or "text".
+    """({nll, stderr, tokens, documents, perplexity}, arrays) of one stream of data sets, "speech" or "text".
 
-    nll is in nats per unit or per token. stderr is over documents. The EOS that ends a document is not scored.
+    nll is in nats per unit or per token. stderr is over documents. The EOS at the end of a document is not scored.
     """
     config = evaluator.model.config
     eos, first_id = (config.speech_eos, config.vocab_size) if stream == "speech" else (config.eos_token_id, 0)
-    sequences, spans, owner, n_documents = [], [], [], 0  # owner: the document that a sequence is part of
+    sequences, spans, owner, n_documents = [], [], [], 0  # owner: the document of a sequence
     for shard in open_source(stream, sets, *evaluator.made_with).shards:
         tokens, bounds = getattr(shard, stream), shard.documents
-        if shard.meta["kind"] == "paired":  # there, documents are counted in words
+        if shard.meta["kind"] == "paired":  # its documents are counted in words
             bounds = getattr(shard, f"{stream}_words")[bounds]
         for begin, end_of_document in zip(bounds, bounds[1:]):
             ids = [eos, *(tokens[begin:end_of_document - 1].astype(np.int64) + first_id).tolist()]

@@ -10,10 +10,10 @@ PROMPT = "The following are questions about {subject}.\nQuestion: {question}\nAn
 
 
 def read(path):
-    """[{subject, question, choices, answer}] of a .csv or .csv.xz; answer is the index of the right choice.
+    """[{subject, question, choices, answer}] of a .csv or .csv.xz file. answer is the index of the right choice.
 
-    The file has the columns subject, question, A, B, C, D and answer, which holds the letter or the index.
-    ValueError names file and item.
+    The file has the columns subject, question, A, B, C, D and answer (a letter or an index). ValueError names file and
+    item.
     """
     items, columns = [], ("subject", "question", *"ABCD", "answer")
     for number, (_, row) in enumerate(read_csv(path, columns), 1):
@@ -27,7 +27,7 @@ def read(path):
 
 
 def score(evaluator, path, protocol):
-    """acc (by summed log-likelihood) and acc_norm (by sum per character): means over subjects, and each by subject."""
+    """acc (by summed log-likelihood) and acc_norm (by sum per character): means over subjects, and for each subject."""
     items = read(path)
     evaluator.used.append(Path(path))
     tokenizer, longest = evaluator.tokenizer, evaluator.model.config.max_position_embeddings

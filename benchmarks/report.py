@@ -1,4 +1,4 @@
-"""What scores come to: means, standard errors, tests, the table for the terminal, and the paper's Table 7 with ours."""
+"""Statistics and tables: means, standard errors, significance tests, and the paper's Table 7 with our model in it."""
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from runtime.files import read_array, read_json
 
 TABLE_7 = Path(__file__).resolve().parent.parent / "assets/table7.csv"
-COLOURS = {"T": "#0072B2", "S": "#D55E00", "T->S": "#E69F00", "S->T": "#009E73"}  # Okabe and Ito's
+COLOURS = {"T": "#0072B2", "S": "#D55E00", "T->S": "#E69F00", "S->T": "#009E73"}  # by Okabe and Ito
 SETTINGS = tuple(COLOURS)  # modality of the context -> modality of the ending
 OTHER_MEASURE = {"sum": "mean", "mean": "sum"}
 
@@ -16,12 +16,12 @@ OTHER_MEASURE = {"sum": "mean", "mean": "sum"}
 # right or wrong
 
 def best_is(scores, answer, ties="share"):
-    """float64 [n]: 1 where candidate `answer` has the highest score, 0 where another one has it.
+    """float64 [n]: 1 if candidate `answer` has the highest score, 0 if another candidate has it.
 
     scores   [n, candidates]
     answer   an index, or one for each row
-    ties     if k candidates are the best: "share" (1/k if the answer is one of them), "wrong" (0), "first" (the first
-             of them is chosen)
+    ties     if k > 1 candidates have the highest score: "share" (1/k if the answer is one of them), "wrong" (0),
+             "first" (the first of them is chosen)
     """
     answer = np.broadcast_to(answer, len(scores))
     best = scores == scores.max(1, keepdims=True)  # [n, candidates]
@@ -44,7 +44,7 @@ def right_by(total, count, ties="share"):
 # means and standard errors
 
 def cloze_sums(right):
-    """{setting: (sum, sum of squares, number)} of {setting: answers}. These add up over processes."""
+    """{setting: (sum, sum of squares, number)} of {setting: answers}. They can be added up over processes."""
     return {name: (answers.sum(), (answers ** 2).sum(), len(answers)) for name, answers in right.items()}
 
 
@@ -69,7 +69,7 @@ def by_group(right, groups):
 
 
 def over_groups(right, groups):
-    """{accuracy, stderr, items, groups}: the unweighted mean over groups. stderr treats only items as random."""
+    """{accuracy, stderr, items, groups}: the unweighted mean over groups. For stderr, only items are random."""
     rows = by_group(right, groups).values()
     mean = float(np.mean([row["accuracy"] for row in rows]))
     stderr = float(np.sum([row["stderr"] ** 2 for row in rows]) ** 0.5 / len(rows))
@@ -92,8 +92,8 @@ def compare(ours, theirs, seed=1, resamples=10_000):
     """Do two models differ on the same items? ours, theirs: float64 [items] -> {difference, p (two-sided), test, ...}.
 
     If every item is right or wrong, this is the exact McNemar test: a binomial test on the items that only one model
-    has right. For other scores (ties, means over voices, NLLs) it is a bootstrap over items of the mean difference,
-    shifted to the null hypothesis.
+    has right. Other scores (ties, means over voices, NLLs) are tested by a bootstrap over items: the differences are
+    shifted to mean 0, which is the null hypothesis, and resampled.
     """
     difference = ours - theirs
     mean, n = float(difference.mean()), len(difference)
@@ -118,8 +118,8 @@ def item_path(path, task, name):
 def compare_results(first, second):
     """{task.setting: comparison} of two evaluation.json files, for the tasks that both scored.
 
-    Differences are in percent for answers and in nats per token for NLLs. ValueError if the two did not score the same
-    items in the same way.
+    Differences are in percentage points for answers and in nats per token for NLLs. ValueError if the two did not score
+    the same items in the same way.
     """
     ours, theirs = (read_json(path).get("made") for path in (first, second))
     if not isinstance(theirs, dict):
@@ -149,7 +149,7 @@ def compare_results(first, second):
 # tables
 
 def table_7_row(results):
-    """Our row of Table 7, as strings; "" for what was not scored."""
+    """Our row of Table 7, as strings; "" if not scored."""
     def percent(*keys):
         value = results
         for key in keys:
@@ -185,7 +185,7 @@ def score_rows(results):
 
 
 def markdown_table(header, *rows):
-    """The lines of a table; empty cells become a dash."""
+    """The lines of a table. Empty cells get a dash."""
     lines = [[cell or "–" for cell in row] for row in (header, ["---"] * len(header), *rows)]
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 

@@ -1,4 +1,4 @@
-"""sBLIMP of ZeroSpeech 2021 (task sLM21): BLiMP's question, asked with spoken sentences in several voices."""
+"""sBLIMP of ZeroSpeech 2021 (task sLM21): the task of BLiMP with spoken sentences in several voices."""
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from runtime.files import read_csv
 
 
 def read(path):
-    """The rows of a gold.csv as dicts, each sentence with its counterpart. ValueError names file, line and fault."""
+    """The rows of a gold.csv as dicts, in which each sentence has a counterpart. ValueError names file and fault."""
     rows = read_csv(path, ("id", "filename", "voice", "type", "subtype", "correct"))
     filenames, sentences = set(), set()
     for number, row in rows:
@@ -30,8 +30,8 @@ def read(path):
 def table(rows, scores, ties="share"):
     """(result, answers float64 [pairs]) from the rows of gold.csv and {filename: score}.
 
-    A pair is averaged over its voices. `accuracy` is the mean over pairs, as on the leaderboard; `by_type_mean` is the
-    unweighted mean over types, as in the authors' release.
+    The answer to a pair is averaged over voices. `accuracy` is the mean over pairs, as on the leaderboard.
+    `by_type_mean` is the unweighted mean over types, as in the authors' release.
     """
     spoken = {}  # {(pair, voice): [score of the right sentence, score of the wrong one]}
     for row in rows:
@@ -64,7 +64,7 @@ def score(evaluator, folder, protocol):
 
 
 def score_split(evaluator, folder, protocol):
-    """The same for one folder, dev or test. Without a gold.csv the result is None."""
+    """(result, arrays) for one folder, dev or test. Without a gold.csv the result is None."""
     gold, files = folder / "gold.csv", {path.stem: path for path in sorted(folder.glob("*.wav"))}
     rows = read(gold) if gold.exists() else []
     if not files:

@@ -16,14 +16,14 @@ from runtime.files import DataError, read_text
 
 # the modalities of context and ending in each setting
 MODALITIES = {"T": ("text", "text"), "S": ("speech", "speech"), "T->S": ("text", "speech"), "S->T": ("speech", "text")}
-PREFIX = (1 << 32) + 1  # random prefixes are drawn under this stage number, which no stage of training has
+PREFIX = (1 << 32) + 1  # stage number for drawing random prefixes; no training stage has this number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading stories
 
 def read(folder):
-    """(whole, cross) of a folder: the files in TWIST's layout, or in slamkit's cross-modal one; one of them is empty.
+    """(whole, cross): the files of a folder in TWIST's layout or in slamkit's cross-modal layout. One of them is empty.
 
     whole   [right, wrong, right, wrong ..] wavs of whole stories
     cross   {"speech" or "text": [context, right, wrong, context ..]} wavs or texts, the same stories in the same order
@@ -81,20 +81,20 @@ def paired_stories(cloze_set, config, items=None):
 
 
 def encode_whole(evaluator, files):
-    """Stories of TWIST's layout. Their contexts are empty: the ending is the whole story."""
+    """Stories in TWIST's layout. The context is empty, and the ending is the whole story."""
     heard = hear_files(evaluator, files)
     return [({"speech": []}, {"speech": right}, {"speech": wrong}) for right, wrong in zip(heard[::2], heard[1::2])]
 
 
 def encode_cross(evaluator, cross):
-    """Stories of slamkit's layout, in the modalities that exist. Context and endings are encoded separately."""
+    """Stories in slamkit's layout, in the modalities that exist. Context and endings are encoded separately."""
     encoded = {}  # {modality: ids of each part}
     for modality, files in cross.items():
         if modality == "text":
             texts = [" ".join(read_text(path).split()) for path in files]
             if "" in texts:
                 raise ValueError(f"{files[texts.index('')]}: empty text")
-            # Every third text is a context. An ending carries the space that follows the context.
+            # Every third text is a context. An ending begins with the space between context and ending.
             encoded["text"] = [evaluator.tokenizer.encode(" " + text if i % 3 else text)
                                for i, text in enumerate(texts)]
             evaluator.used += files
@@ -108,7 +108,7 @@ def encode_cross(evaluator, cross):
 # scoring
 
 def story_sequences(stories, setting, protocol, config, seed=1):
-    """(sequences, spans) for log_likelihood: of each story the right ending after the context, then the wrong one."""
+    """(sequences, spans) for log_likelihood: each story with its right ending, then with its wrong ending."""
     before, after = MODALITIES[setting]
     sequences, spans = [], []
     for i, (context, *endings) in enumerate(stories):
@@ -123,7 +123,7 @@ def story_sequences(stories, setting, protocol, config, seed=1):
 
 
 def score(evaluator, folder, protocol):
-    """{setting: accuracy}, and the answers, of a folder of sound files and texts or of a paired data set."""
+    """({setting: accuracy}, arrays) for a folder of sound files and texts, or for a paired data set."""
     if (Path(folder) / "meta.json").exists():
         return score_paired(evaluator, folder, protocol)
     whole, cross = read(folder)
@@ -136,7 +136,7 @@ def score(evaluator, folder, protocol):
 
 
 def score_paired(evaluator, folder, protocol):
-    """{setting: accuracy}, and the answers, of a paired data set."""
+    """({setting: accuracy}, arrays) for a paired data set."""
     folder = Path(folder)
     stories = paired_stories(open_set(folder, *evaluator.made_with), evaluator.model.config)
     evaluator.used += sorted([folder / "meta.json", *folder.glob("*.npy")])
@@ -144,7 +144,7 @@ def score_paired(evaluator, folder, protocol):
 
 
 def score_stories(evaluator, stories, protocol):
-    """({setting: accuracy}, arrays) in the settings that the stories and the model have the modalities for."""
+    """({setting: accuracy}, arrays) for the settings whose modalities both the stories and the model have."""
     result, items = {}, {}
     measure, other = protocol["score"], OTHER_MEASURE[protocol["score"]]
     for setting, modalities in MODALITIES.items():

@@ -1,7 +1,7 @@
 """
 Utterances cut into words, for word segmentation (Table 3) and for the layer weights along an utterance.
 
-They come from a paired data set, with estimated times, or from the recordings of a corpus, with true times.
+Utterances come from a paired data set, with estimated times, or from the recordings of a corpus, with true times.
 """
 import importlib
 import itertools
@@ -28,7 +28,7 @@ class Utterance(NamedTuple):
     words: list                 # as written
     offsets: np.ndarray         # int64 [words + 1]: word i is units[offsets[i]:offsets[i + 1]]
     starts: np.ndarray | None   # float64 [n + 1]: times in seconds at which units start, and the end of the last one
-    ends: np.ndarray | None     # float64 [words]: times in seconds at which words end; None: with their last unit
+    ends: np.ndarray | None     # float64 [words]: times in seconds at which words end; None: with their last units
 
     def boundaries(self):
         """Indices of the units that begin a word, int64. The first unit is not among them."""
@@ -42,7 +42,7 @@ class Utterance(NamedTuple):
 
 
 def read_utterances(folder, model, settings):
-    """Utterances of a paired set, or of recordings if --corpus is set. ValueError if none has two words."""
+    """Utterances from a paired set, or from recordings if --corpus is set. ValueError if none has two words."""
     found = (read_recordings if settings.corpus else read_paired)(folder, model, settings)
     utterances = list(itertools.islice((u for u in found if len(u.units) > 1), settings.utterances))
     if not any(len(u.boundaries()) for u in utterances):
@@ -51,9 +51,9 @@ def read_utterances(folder, model, settings):
 
 
 def read_paired(folder, model, settings):
-    """Yield the utterances of a paired set. One that is longer than the model can read is cut between words.
+    """Yield the utterances of a paired set. An utterance that is too long for the model is cut between words.
 
-    Times are estimated from the mean durations of units, or None where those are not known.
+    Times are estimated from the mean durations of units, and None if these are not known.
     """
     longest = model.net.config.max_position_embeddings - 1  # the speech EOS comes first
     tokenizer, durations = open_tokenizer(model.folder), mean_durations(Path(settings.units or model.folder))
@@ -74,7 +74,7 @@ def read_paired(folder, model, settings):
 
 
 def mean_durations(folder):
-    """Mean duration of each unit in frames, from units.json in the folder or in its sound/. None if neither says."""
+    """Mean duration of each unit in frames, from units.json in the folder or its sound/. None if neither has them."""
     for path in (folder / "units.json", folder / "sound/units.json"):
         if path.exists() and (durations := read_json(path).get("durations")):
             return np.array(durations)
@@ -82,7 +82,7 @@ def mean_durations(folder):
 
 
 def read_recordings(folder, model, settings):
-    """Yield the utterances that corpora/NAME.py finds, in true time. Prints which items cannot be used, and why."""
+    """Yield the utterances that corpora/NAME.py finds, with true times. Prints which items cannot be used, and why."""
     from corpora.common import Bad
     from speech.units import load_units
 
@@ -101,7 +101,7 @@ def read_recordings(folder, model, settings):
 
 
 def read_item(item, vocabulary, options, longest):
-    """An item of a corpus -> Utterance of at most so many units. ValueError if the item cannot be used."""
+    """An item of a corpus -> Utterance of at most `longest` units. ValueError if the item cannot be used."""
     from corpora.common import hear
     from speech.units import n_frames, word_units
 

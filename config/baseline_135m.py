@@ -1,4 +1,5 @@
-# Baseline-135M: SmolLM-135M with the speech units in its vocabulary, nothing else. Stage 2 alone, 16B tokens.
+# Baseline-135M: SmolLM-135M with the speech units added to its vocabulary and no other change. It skips stage 1.
+# 16 billion tokens.
 base = "train_150m.py"
 input_adapter_layers = 0
 output_adapter_layers = 0

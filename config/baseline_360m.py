@@ -1,4 +1,4 @@
-# Baseline-360M: SmolLM-360M with the speech units in its vocabulary, nothing else. Stage 2 alone, 16B tokens.
+# Baseline-360M: vocabulary expansion of SmolLM-360M, 16 billion tokens.
 base = "baseline_135m.py"
 init_from = "weights/smollm-360m"
 tokenizer = "weights/smollm-360m/tokenizer.json"

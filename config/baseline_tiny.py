@@ -1,12 +1,12 @@
-# The vocabulary-expansion baseline beside train_tiny.py: same data, text LM and stage 2, none of SmolTolk's modules.
+# Vocabulary expansion, the baseline of train_tiny.py: the same data, but none of SmolTolk's modules.
+# As in the paper it skips stage 1, where it could train nothing but its new embeddings.
+# For as many steps in all as SmolTolk: --stages.stage2.steps=1000
 base = "train_tiny.py"
 input_adapter_layers = 0
 output_adapter_layers = 0
 layer_pooling = "last"
 residual = False
 beta = 0.0
-# As in the paper it skips stage 1, where it could train nothing but its new embeddings. For as many steps in all as
-# SmolTolk takes: --stages.stage2.steps=1000
 stages = dict(
     text=dict(steps=120, mixture=dict(text=1), train="text", learning_rate=3e-3, warmup=20, decay=0.2),
     stage2=dict(steps=400, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=1.5e-3, decay=0.3),

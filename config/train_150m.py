@@ -1,10 +1,11 @@
-# SmolTolk-150M: SmolLM-135M that hears and speaks. 16 billion tokens: 1000 + 14,259 steps of 1,048,576.
+# SmolTolk-150M, on SmolLM-135M. 16 billion tokens: 1,000 + 14,259 steps of 1,048,576.
 #   torchrun --nproc_per_node=4 train.py config/train_150m.py
 init_from = "weights/smollm-135m"
 tokenizer = "weights/smollm-135m/tokenizer.json"
-units = "units/mhubert"  # 500 units at 25 Hz, from convert.py
+units = "units/mhubert"  # 500 units at 25 Hz; tools/convert.py makes this folder
 
-# Table 6. Text as SmolLM saw it; speech by size; interleaved with the Spoken Wikipedia drawn more often than its size
+# Table 6. Text has the weights of SmolLM's own training. Speech is drawn by size. In interleaved data the Spoken
+# Wikipedia (swc) is drawn more often than its size says.
 text = {"data/fineweb-edu": 0.7, "data/cosmopedia-v2": 0.15, "data/python-edu": 0.08, "data/finemath": 0.06}
 speech = ["data/librispeech", "data/librilight", "data/swc-speech", "data/tedlium", "data/peoples-speech",
           "data/voxpopuli", "data/stinystories"]

@@ -1,4 +1,4 @@
-# SmolTolk-2B: SmolLM-1.7B, 32 billion tokens: 1000 + 29,518 steps.
+# SmolTolk-2B, on SmolLM-1.7B. 32 billion tokens: 1,000 + 29,518 steps.
 base = "train_150m.py"
 init_from = "weights/smollm-1.7b"
 tokenizer = "weights/smollm-1.7b/tokenizer.json"
@@ -9,4 +9,4 @@ stages = dict(
     stage2=dict(steps=29_518, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=1e-4),
 )
 micro_batch = 8
-recompute = True  # 70 GB on a GPU rather than 78
+recompute = True  # 70 GB on a GPU instead of 78

@@ -1,4 +1,4 @@
-# The embedded default: spoken stories made on this machine, a backbone trained on their text, then SmolTolk on top.
+# The tiny run. It makes spoken stories, trains a backbone on their text, and then trains SmolTolk on top of it.
 demo = "data/demo"
 
 hidden_size = 128
@@ -11,7 +11,7 @@ batch_tokens = 12 * 256
 micro_batch = 12
 beta = 0.05
 
-# A text LM has to be there first: `text` stands in for the pre-training of SmolLM
+# Stage `text` trains the text LM that SmolTolk starts from. It stands in for the pre-training of SmolLM.
 stages = dict(
     text=dict(steps=120, mixture=dict(text=1), train="text", learning_rate=3e-3, warmup=20, decay=0.2),
     stage1=dict(steps=600, mixture=dict(interleaved=1), train="new", speech_learning_rate=8e-3, warmup=50, decay=0.2),

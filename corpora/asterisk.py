@@ -1,18 +1,18 @@
 """
-Asterisk's core sounds: 554 telephone prompts, 24 minutes of one woman's real speech.
+Asterisk's core sounds: 554 telephone prompts, 24 minutes of one woman's speech.
 
     apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-g722
     for package in asterisk-core-sounds-en*.deb; do dpkg -x $package asterisk; done
     python -m corpora.asterisk --source=asterisk --out=data/asterisk --units=data/demo/units \\
         --tokenizer=data/demo/tokenizer.json --aligner=pocketsphinx
 
-Source: two Debian packages. Licence: CC BY-SA 3.0, recorded by Allison Smith. The sound files need PyAV.
+Source: two Debian packages. Licence: CC BY-SA 3.0; the voice is Allison Smith's. The sound files need PyAV.
 
 Layout below --source:
     usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz     lines `digits/7: seven`
     usr/share/asterisk/sounds/en_US_f_Allison/digits/7.g722         16 kHz
 
-Text in brackets is not spoken, as in `[this is a simple beep tone]`, and is left out.
+Text in brackets, as in `[this is a simple beep tone]`, is not spoken and is left out.
 """
 
 import gzip

@@ -1,23 +1,23 @@
 """
-From a corpus to data sets: items become audio, units, word times and tokens, and are written to disk in parts.
+Turn a corpus into a data set: items become audio, units, word times and tokens, and are written to disk in parts.
 
     python -m corpora.librispeech --source=LibriSpeech --out=data/librispeech --units=units/mhubert \\
         --tokenizer=weights/smollm-360m/tokenizer.json --kind=paired --aligner=aligners/mms --shard=0/8
 
-A corpus is a script with two functions and a call of main():
+An item is an utterance, or a document of text. The script of a corpus defines two functions and hands them to main():
 
-    find(source, settings)     returns the files that list or hold its items, as a sorted list of paths
+    find(source, settings)     returns the files that list or hold the items, as a sorted list of paths
     read(path, settings)       yields the items of one such file: an Item, or a Bad for one that cannot be used
 
-Worker processes read the sound, make mel units, and match known word times with the transcript (hear). Where there is
-only text they tokenise (encode). The main process holds the models: it adds the units and word times that need one,
-and cuts the units into words (finish). It writes the documents in parts (parts.py). Started again after a kill, the
-same command goes on behind the last part, and the data comes out the same.
+Worker processes read the sound, make mel units, and match known word times with the transcript (hear). For a text set
+they tokenise (encode). The main process holds the neural networks. It makes the units and word times that need a
+network, and assigns units to words (finish). It writes the documents in parts (parts.py). After a kill, the same
+command resumes after the last finished part. The data is the same as without the kill.
 
 An item with any fault is dropped. dropped.jsonl in its part says why, and report.json in --out counts the reasons.
 
-The main process alone reads the files of a corpus, which keeps four or five workers busy where there is only text. To
-use more cores, start several shards.
+Only the main process reads the files of a corpus. For a text set it can keep four or five workers busy. To use more
+cores, start several shards.
 """
 
 import contextlib
@@ -52,23 +52,23 @@ from speech.units import load_units, n_frames, read_vocabulary, word_units
 
 DEFAULTS = dict(
     source="",                    # folder of the corpus, or one of its files
-    out="",                       # folder for the data sets; all shards of a corpus go to the same one
-    kind="paired",                # paired (text and speech, cut into the same words), speech, or text
+    out="",                       # folder for the data set; all shards of a corpus go to the same folder
+    kind="paired",                # paired (text and speech, aligned word by word), speech, or text
     units="",                     # folder of the unit vocabulary; not needed for text
     tokenizer="",                 # a tokenizer.json; not needed for speech
     aligner="",                   # finds missing word times: folder of MMS's aligner, or pocketsphinx
-    shard="0/1",                  # i/n takes the items i, i + n, i + 2n, ...; shards can be made anywhere, in any order
-    workers=os.cpu_count() or 1,  # processes that read sound, make mel units and tokenise; 0: a thread does it
-    device="auto",                # where the models run: cpu, cuda, or auto
-    part_tokens=1 << 26,          # a part ends with the block of items in which it reaches so many tokens
-    max_seconds=300.0,            # longer items are dropped
+    shard="0/1",                  # i/n takes the items i, i + n, i + 2n, ...; shards can run anywhere, in any order
+    workers=os.cpu_count() or 1,  # processes that read sound, make mel units and tokenise; 0: one thread
+    device="auto",                # where HuBERT and the aligner run: cpu, cuda, or auto
+    part_tokens=1 << 26,          # the data set is written in parts of about this many tokens
+    max_seconds=300.0,            # items with longer audio are dropped
 )
-BLOCK = dict(text=256, speech=64, paired=64)  # items in a block; a worker takes a sixteenth of one at a time
-AHEAD = 2  # blocks that the workers are ahead of the main process
+BLOCK = dict(text=256, speech=64, paired=64)  # items in a block; a worker takes a sixteenth of a block at a time
+AHEAD = 2  # how many blocks the workers may be ahead of the main process
 
 
 class Item(NamedTuple):
-    """What a reader yields: an utterance, or a document of text."""
+    """What read() yields: an utterance, or a document of text."""
     id: str
     audio: object = None  # path or bytes of a sound file, or a function -> (waveform, [(start, end) of each word])
     start: float = 0.0  # seconds; the item is [start, end) of the sound file
@@ -79,16 +79,16 @@ class Item(NamedTuple):
 
 @dataclass
 class Heard:
-    """An item with sound, between worker and main process."""
+    """An item with sound, as a worker passes it to the main process."""
     item: Item  # without its audio
     n_samples: int
     waveform: np.ndarray | None = None  # float32 [n_samples] at 16 kHz, if the main process needs it
     units: tuple | None = None  # (ids, frame_start); None if the main process makes them
-    times: list | ValueError | None = None  # (start, end) of each word, from the start of the item; why there are none
+    times: list | ValueError | None = None  # (start, end) of each word from the start of the item; or why there is none
 
 
 class Models(NamedTuple):
-    """What the main process holds. A model that the kind does not need is None."""
+    """What the main process holds. A field that the kind of set does not need is None."""
     vocabulary: object
     aligner: object
     tokenizer: object
@@ -110,7 +110,7 @@ def timing(seconds, stage):
 
 
 def text_size(item):
-    """Return the bytes of an item's text in UTF-8. ValueError if the file it came from was not UTF-8."""
+    """Return the number of bytes of an item's text in UTF-8. Raises ValueError if its file was not UTF-8."""
     try:
         return len((item.text or "").encode())
     except UnicodeEncodeError:  # files.lines() keeps wrong bytes as surrogates
@@ -118,7 +118,7 @@ def text_size(item):
 
 
 def hear(item, settings, seconds):
-    """Return the Heard of an item. ValueError "REASON: details" if it cannot be used.
+    """Return the Heard of an item. Raises ValueError "REASON: details" if the item cannot be used.
 
     seconds: a Counter, to which the time spent in each stage is added.
     """
@@ -152,7 +152,7 @@ def hear(item, settings, seconds):
 
 
 def encode(item, settings, seconds):
-    """Return the Document of an item's text. ValueError if it is empty."""
+    """Return the Document of an item's text. Raises ValueError if the text is empty."""
     size = text_size(item)
     with timing(seconds, "tokens"):
         ids = np.array(cached_tokenizer(settings["tokenizer"]).encode(item.text or ""), np.uint16)
@@ -186,7 +186,7 @@ def end_with_parent():
 
 @contextlib.contextmanager
 def one_blas_thread():
-    """Give processes that start inside this block one BLAS thread each. More would hinder one another."""
+    """Give processes that start inside this block one BLAS thread each. More threads would compete for the cores."""
     variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {variable: os.environ.get(variable) for variable in variables}
     os.environ.update(dict.fromkeys(variables, "1"))  # a process reads them when it loads its BLAS
@@ -201,7 +201,7 @@ def one_blas_thread():
 
 @contextlib.contextmanager
 def worker_pool(workers):
-    """A pool of so many fresh processes, or of one thread if there are to be none."""
+    """A pool of `workers` fresh processes, or of one thread if `workers` is 0."""
     pool = ThreadPoolExecutor(1)
     if workers:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
@@ -210,7 +210,7 @@ def worker_pool(workers):
             yield pool
         except BrokenProcessPool:
             raise SystemExit("a worker process died, perhaps for lack of memory; start again with fewer --workers, and "
-                             "the run goes on behind the last part") from None
+                             "the run resumes after the last finished part") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -226,14 +226,14 @@ def read_files(files, read, settings, bar):
         except Exception as error:
             if type(error) is RuntimeError:  # an optional package is missing
                 raise SystemExit(str(error)) from None
-            if getattr(error, "errno", None) is not None:  # the disk failed, so later files would fail too
-                raise SystemExit(f"{error}; the same command goes on behind the last part") from None
+            if getattr(error, "errno", None) is not None:  # the disk fails, so later files would fail too
+                raise SystemExit(f"{error}; the same command resumes after the last part") from None
             yield Bad(str(path), ValueError(f"unreadable file: {path} ({one_line(error)})"))
         bar.update(os.path.getsize(path))
 
 
 def make_blocks(items, settings, models, pool):
-    """Yield the blocks of an iterator of items, as write_part takes them. The pool works ahead on a few of them."""
+    """Yield blocks of finished items in the form that write_part takes. The pool works a few blocks ahead."""
     size = BLOCK[settings["kind"]]
     queue = deque()
     while True:
@@ -274,7 +274,7 @@ def finish(results, models, seconds):
 
 
 def spoken_document(heard, models):
-    """Return the Document of a Heard. ValueError if it makes none."""
+    """Return the Document of a Heard. Raises ValueError if the item cannot be used."""
     item, (ids, frame_start), hours = heard.item, heard.units, heard.n_samples / SAMPLE_RATE / 3600
     if len(ids) == 0:
         raise ValueError(f"audio too short: {heard.n_samples} samples in {item.id}")
@@ -294,7 +294,7 @@ def spoken_document(heard, models):
 
 
 def check(settings, kinds):
-    """Return (shard, n_shards). SystemExit for settings that cannot work."""
+    """Return (shard, n_shards). Raises SystemExit for wrong settings."""
     kind, shard = settings["kind"], re.fullmatch(r"(\d+)/(\d+)", settings["shard"])
     if kind not in kinds:
         raise SystemExit(f"--kind={kind}: this corpus gives {', '.join(kinds)}; write --kind={kinds[0]}")
@@ -310,7 +310,7 @@ def check(settings, kinds):
 
 
 def load_models(settings):
-    """Return the Models that the kind needs. SystemExit if one cannot be loaded."""
+    """Return the Models that the kind of set needs. Raises SystemExit if one cannot be loaded."""
     import torch
 
     device, kind = settings["device"], settings["kind"]
@@ -326,13 +326,13 @@ def load_models(settings):
 
 
 def listing_hash(folder, files):
-    """Return 16 hex digits that stand for the names and sizes of files below a folder."""
+    """Return a hash of the names and sizes of files below a folder, as 16 hex digits."""
     lines = [f"{os.path.relpath(path, folder)} {os.path.getsize(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def identify(corpus, files, n_shards, models, settings):
-    """Return all that decides the data. Only parts with the same identity go to one --out."""
+    """Return everything that determines the data. All parts in one --out must have the same identity."""
     own = {key: value for key, value in settings.items() if key not in DEFAULTS}
     aligner = [path for path in sorted(Path(settings["aligner"]).rglob("*")) if path.is_file()]
     return own | dict(
@@ -343,7 +343,7 @@ def identify(corpus, files, n_shards, models, settings):
 
 
 def make(corpus, find, read, settings, kinds):
-    """Make what is missing of one shard of a corpus, and return its report. SystemExit if that cannot work."""
+    """Make the missing parts of one shard of a corpus, and return the report. Raises SystemExit if that fails."""
     shard, n_shards = check(settings, kinds)
     out, kind = Path(settings["out"]), settings["kind"]
     files = find(Path(settings["source"]), settings)
@@ -377,7 +377,10 @@ def make(corpus, find, read, settings, kinds):
 
 
 def main(corpus, find, read, kinds=("paired", "speech", "text"), **options):
-    """The command line of a corpus. kinds: what it gives, the default first. options: defaults of further settings."""
+    """The command line of a corpus.
+
+    kinds: the kinds of set that it can make, the default first; options: its further settings with their defaults.
+    """
     defaults = DEFAULTS | dict(kind=kinds[0]) | options
     settings, _ = configure(defaults, sys.argv[1:], described_in=[__file__])
     report = make(corpus, find, read, settings, kinds)

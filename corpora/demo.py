@@ -1,26 +1,26 @@
 """
-The embedded demo: a tiny twin of sTinyStories, written by a grammar, spoken by espeak-ng and turned into mel units.
+The demo: a tiny counterpart of sTinyStories, written by a grammar, spoken by espeak-ng and turned into mel units.
 
     python -m corpora.demo --out=data/demo --seed=0
 
-A story has four sentences and is about one of eight topics. Its third sentence is the good or bad cause of what happens
-in the fourth. The fourth shares no content word with the first three. No content word of an opening or of an ending is
-used in two topics. So nothing on the surface gives the true ending away: no repeated word, no name, no pronoun. A model
-can only know it by having learnt from other stories which words go together.
+A story has four sentences and is about one of eight topics. The third sentence is the good or bad cause of what happens
+in the fourth. The fourth shares no content word with the first three. Apart from names and times, no content word is
+used in two topics. So no repeated word, name or pronoun gives the true ending away. A model can only recognise it if it
+has learnt from other stories which words go together.
 
 The output folder appears as a whole when everything is done. It contains:
 
     tokenizer.json      byte-level BPE, trained on the stories of text/ and paired/
-    units/              the k-means codebook of the units, fitted on recordings of paired/
+    units/              the unit vocabulary, fitted on recordings of paired/
     text/               stories as text only
-    paired/ val/ test/  spoken stories with word times; all stories in all sets are different
+    paired/ val/ test/  stories as text and speech, aligned by word; no story occurs twice in text/ and these sets
     cloze/              documents in threes: the opening of a test story (sentences 1 to 3), its ending (sentence 4),
                         and the ending of a story about another topic, in the same voice
     wavs/               a few recordings with their texts
-    utterance.png       one recording: spectrogram, units and words
+    utterance.png       one recording: waveform, spectrogram, units and words
     demo.json           parameters, counts, hours of speech, seconds taken
 
-Source: this file. Licence: that of the repository.
+Source: this file. Licence: the repository's.
 """
 
 import functools
@@ -51,13 +51,13 @@ from speech.espeak import espeak, espeak_paths
 from speech.mel import fit_mel_units, mel_frames, save_mel_units, voice
 from speech.units import HOP, UNIT_RATE, word_units
 
-VERSION = 4  # to be raised whenever the same parameters come to give other data
-FIT_ON = 192  # recordings that the units are fitted on
-EXAMPLES = 4  # recordings that are kept as .wav
+VERSION = 4  # raise it whenever a change to the code changes the data of the same parameters
+FIT_ON = 192  # number of recordings that the units are fitted on
+EXAMPLES = 4  # number of recordings that are saved as .wav
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The grammar. {a|b} is a choice, NAME is a name, and HE, HIM and HIS are its pronouns. Words differ to the ear as well:
-# there are no homophones, and few pairs that differ by one sound.
+# The grammar. {a|b} is a choice, NAME is a name, and HE, HIM and HIS are its pronouns. Words also sound different: none
+# are homophones, and few pairs differ by only one sound.
 
 NAMES = {
     "Anna": ("She", "her", "her"), "Lucy": ("She", "her", "her"),
@@ -171,7 +171,7 @@ def write_story(rng, topic, good):
 
 
 def check_grammar():
-    """Assert what the cloze test rests on (see the top of this file). Return the number of different stories."""
+    """Assert the assumptions of the cloze test (see the top of this file). Return the number of different stories."""
     who_and_when = set(story_words(" ".join([*NAMES, *WHEN, "NAME he him his she her"])))
     owners, count = {}, 0
     for topic, (first, second, *outcomes) in TOPICS.items():
@@ -188,7 +188,7 @@ def check_grammar():
 
 
 def write_stories(count, seed):
-    """Return `count` different stories. Topics and outcomes are equally frequent and mixed."""
+    """Return `count` different stories in random order. All topics and outcomes are equally frequent."""
     if count > check_grammar() // 3:
         raise SystemExit(f"{count} stories are too many for the grammar to give different ones; ask for fewer")
     rng = random.Random(seed)
@@ -204,16 +204,16 @@ def write_stories(count, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Speaking
 
-# (voice, words a minute, pitch): men and women, American, British and Scottish. The more voices there are, the less the
-# units of a word give away by themselves. With only two male voices, SmolTolk and the baseline both hear everything
-# within 1500 steps, and no difference between them is left. Voices differ in how often the nearest word in another
-# voice is the same word as in "en-us": 98% at another pitch and rate, "+m3" 97%, "+m7" 92%, "+f2" 74%.
-# "+f2", "+f3" and "+f5" are not used, because espeak-ng derives their breath from the clock: each run would differ.
+# (voice, words a minute, pitch): men and women, American, British and Scottish. The more voices there are, the harder a
+# word is to recognise from its units. With only two male voices, SmolTolk and the baseline both understand everything
+# within 1500 steps, so their scores do not differ. How similar are the voices? For a word in "en-us", the most similar
+# word in another voice is the same word in 98% of cases at another pitch and rate, 97% with "+m3", 92% with "+m7", 74%
+# with "+f2". "+f2", "+f3" and "+f5" are not used: their breath noise depends on the clock, so runs would differ.
 SPEAKERS = (("en-us", 200, 40), ("en-us+m3", 210, 50), ("en-us+f1", 200, 65), ("en-us+m7", 190, 35),
             ("en-gb-x-rp", 200, 45), ("en-us+f4", 210, 60), ("en-gb-scotland", 195, 50), ("en-gb-x-rp+f4", 190, 70))
 
-# dB of the voice above the hiss, drawn evenly for each recording. Without hiss, synthetic speech is too easy: a word
-# always sounds the same, and its units nearly spell it.
+# White noise ("hiss") is added to each recording, at a signal-to-noise ratio drawn uniformly from this range in dB.
+# Without hiss, synthetic speech is too easy: a word always sounds the same, and its units nearly spell it.
 SIGNAL_TO_NOISE = (5, 15)
 
 
@@ -225,19 +225,19 @@ class Recording(NamedTuple):
 
 
 def record(text, speaker):
-    """Return what espeak() returns for a text and a speaker, with hiss. The same input always gives the same sound."""
+    """Return (waveform with hiss, words) as espeak() does. The same text and speaker always give the same sound."""
     waveform, words = espeak(text, *SPEAKERS[speaker])
     return add_hiss(waveform, text, speaker), words
 
 
 def signal_to_noise(text, speaker):
-    """Return (dB of the voice above the hiss, the generator of that hiss) for a recording of this text."""
+    """Return (signal-to-noise ratio in dB, random generator for the hiss) of this text and speaker."""
     rng = np.random.default_rng([zlib.crc32(text.encode()), speaker])
     return rng.uniform(*SIGNAL_TO_NOISE), rng
 
 
 def add_hiss(waveform, text, speaker):
-    """Return float32 [n]: a waveform [n] with white noise at the level drawn for this text and speaker."""
+    """Return float32 [n]: a waveform [n] with hiss at the level drawn for this text and speaker."""
     decibels, rng = signal_to_noise(text, speaker)
     hiss = rng.standard_normal(len(waveform)) * np.sqrt(np.mean(waveform**2)) / 10 ** (decibels / 20)
     return np.clip(waveform + hiss, -1, 1).astype(np.float32)
@@ -251,7 +251,7 @@ def features(job):
 
 
 def speak(job, codebook):
-    """Return the Recording of a (story, speaker), or None if its words could not be timed."""
+    """Return the Recording of a (story, speaker), or None if espeak-ng did not time all words."""
     story, speaker = job
     waveform, words = record(story.text(), speaker)
     if words is None:
@@ -312,8 +312,8 @@ def cut_cloze(recordings, documents, seed):
     """Cut test documents into cloze documents in threes: opening, true ending, false ending.
 
     recordings, documents: of the test set; a document is (token ids of each word, units of each word).
-    The false ending is from a story about another topic by the same speaker. It has another level of hiss, which only
-    adds noise to the scores. Endings are slices of whole stories, so their first word keeps the space before it.
+    The false ending is from a story about another topic by the same speaker. The level of hiss differs, which only adds
+    noise to the scores. Endings are cut from whole stories, so the tokens of their first word include the space before.
     """
     rng = random.Random(f"{seed} cloze")
     lengths = [len(recording.story.sentences[3].split()) for recording in recordings]
@@ -362,13 +362,13 @@ def write_examples(out, recordings, codebook):
         wavfile.write(out / f"wavs/{i}.wav", SAMPLE_RATE, np.round(waveform * 32767).astype(np.int16))
         (out / f"wavs/{i}.txt").write_text(recording.story.text() + "\n")
         if i == 0:
-            figures = importlib.import_module("tools.figures")  # only here, because matplotlib takes long to import
+            figures = importlib.import_module("tools.figures")  # imported here, because matplotlib is slow to load
             figures.utterance(out / "utterance.png", waveform, codebook, recording.story.text().split(),
                               [end for _, end in words])
 
 
 def reuse(out, parameters):
-    """Return the demo.json of a finished demo. SystemExit if the folder is no demo or has other parameters."""
+    """Return the demo.json of a finished demo. Raises SystemExit if the folder is no demo or has other parameters."""
     try:
         about = read_json(out / "demo.json")
     except ValueError:
@@ -381,25 +381,25 @@ def reuse(out, parameters):
 
 def make(
     out="data/demo",  # the folder to make
-    seed=0,           # of everything random
+    seed=0,           # random seed of everything
     text=20000,       # stories as text only
     train=2000,       # spoken stories in paired/
     val=100,          # spoken stories in val/
     test=500,         # spoken stories in test/
     n_units=80,       # speech units
     vocab_size=1400,  # text tokens, at most
-    workers=2,        # processes; the data does not depend on them
+    workers=2,        # processes; the data does not depend on their number
 ):
     """Make the demo, in about a minute, and return its demo.json. A finished demo with these parameters is kept.
 
-    SystemExit if `out` is something else, RuntimeError without espeak-ng.
+    Raises SystemExit if `out` is something else, RuntimeError if espeak-ng is missing.
     """
     out = Path(out)
     parameters = dict(seed=seed, text=text, train=train, val=val, test=test, n_units=n_units, vocab_size=vocab_size,
                       speakers=[list(speaker) for speaker in SPEAKERS], version=VERSION)
     if out.exists():
         return reuse(out, parameters)
-    espeak_paths()  # fails at once if it is missing
+    espeak_paths()  # raises at once if espeak-ng is missing
     print(f"making {out}: {train + val + test} stories are spoken and cut into units, about a minute", flush=True)
     began = time.time()
     stories = write_stories(test + val + train + text, seed)

@@ -1,5 +1,5 @@
 """
-What several readers share: finding files, lines of JSON, parquet, paths in records, and cutting long recordings.
+Functions that several corpora use: find files, read lines of JSON and parquet, check paths, and cut long recordings.
 """
 
 import gzip
@@ -15,14 +15,14 @@ BATCH = 16  # rows of a parquet file in memory at once; rows with sound are larg
 
 
 def find_files(source, suffixes):
-    """Return all files below a folder that have one of these endings, sorted. A file as source is returned itself."""
+    """Return all files below a folder that have one of these endings, sorted. If source is a file, return that file."""
     if Path(source).is_file():
         return [Path(source)]
     return sorted(path for path in Path(source).rglob("*") if path.name.endswith(tuple(suffixes)) and path.is_file())
 
 
 def need(name):
-    """Import an optional module. SystemExit that names the missing package."""
+    """Import an optional module. Raises SystemExit with the name of the package if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -31,12 +31,12 @@ def need(name):
 
 
 def lines(path):
-    """Return the lines of a text file that are not empty. Bytes that are not UTF-8 become surrogates."""
+    """Return the non-empty lines of a text file. Bytes that are not UTF-8 become surrogates."""
     return [line for line in path.read_text("utf-8", errors="surrogateescape").split("\n") if line.strip()]
 
 
 def json_lines(path):
-    """Yield (id, line) for each line of a .jsonl, .jsonl.gz or .jsonl.zst file that is not empty."""
+    """Yield (id, line) for each non-empty line of a .jsonl, .jsonl.gz or .jsonl.zst file."""
     with open(path, "rb") as file:
         if path.name.endswith(".gz"):
             file = gzip.open(file)
@@ -48,7 +48,7 @@ def json_lines(path):
 
 
 def parquet_rows(path, columns):
-    """Yield (id, {column: value}) for each row of a parquet file, a few rows in memory at a time."""
+    """Yield (id, {column: value}) for each row of a parquet file. Only a few rows are in memory at a time."""
     with need("pyarrow.parquet").ParquetFile(path) as file:
         missing = [column for column in columns if column not in file.schema_arrow.names]
         if missing:
@@ -61,7 +61,7 @@ def parquet_rows(path, columns):
 
 
 def convert(records, to_items):
-    """Yield the items that to_items(id, record) yields for each (id, record), and a Bad where it fails.
+    """Yield the items of to_items(id, record) for each (id, record), and a Bad for a record where it fails.
 
     A record of bytes is a line of JSON, and to_items gets the dict in it.
     """
@@ -73,7 +73,8 @@ def convert(records, to_items):
 
 
 def inside(folder, name):
-    """Return the path of a file in a folder, by its relative name. ValueError if the name or a link leads out of it."""
+    """Return the path of the file `name` in a folder. Raises ValueError if the name or a link leads out of the folder.
+    """
     path = os.path.normpath(os.path.join(folder, name))
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"path outside the source: {name[:200]!r}")
@@ -81,7 +82,7 @@ def inside(folder, name):
 
 
 def cut(start, end, longest):
-    """Return [start, end) cut into equally long spans, as few as possible of at most `longest` seconds."""
+    """Cut [start, end) into the smallest number of equally long spans of at most `longest` seconds."""
     if not end - start < 1e6:
         raise ValueError(f"unreadable record: a span from {start} to {end} s")
     n = max(1, -int(-(end - start) // longest))
@@ -89,7 +90,7 @@ def cut(start, end, longest):
 
 
 def duration(path):
-    """Return the seconds of a sound file. ValueError if it cannot be opened."""
+    """Return the length of a sound file in seconds. Raises ValueError if it cannot be opened."""
     import soundfile
 
     try:

@@ -5,13 +5,13 @@ Libriheavy: 50,000 hours of Libri-Light with transcripts that have case and punc
         --out=data/libriheavy --units=units/mhubert --tokenizer=weights/smollm-360m/tokenizer.json \\
         --aligner=aligners/mms
 
-Source: github.com/k2-fsa/libriheavy for the transcripts, Libri-Light for the sound. Licence: the transcripts have
-Apache 2.0, the recordings are in the public domain.
+Source: github.com/k2-fsa/libriheavy for the transcripts, Libri-Light for the sound. Licence: Apache 2.0 for the
+transcripts; the recordings are in the public domain.
 
-Layout (its README): --source is a libriheavy_cuts_*.jsonl.gz or a folder of them. Each line is a cut of lhotse: id,
-start and duration in a recording, and one supervision. custom.texts[0] of that is the text of the book; the second text
-is a recogniser's. recording.id is the path of the .flac below --audio, without the ending. Word times come from the
-aligner.
+Layout (its README): --source is a libriheavy_cuts_*.jsonl.gz or a folder of such files. Each line is a lhotse cut: id,
+start and duration in a recording, and one supervision. In the supervision, custom.texts[0] is the text of the book, and
+custom.texts[1] is the output of a recogniser, which is not used. recording.id is the path of the .flac below --audio,
+without the ending. Word times come from the aligner.
 """
 
 import os

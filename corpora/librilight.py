@@ -5,8 +5,8 @@ Libri-Light: 60,000 hours of LibriVox audiobooks without transcripts (Kahn et al
 
 Source: github.com/facebookresearch/libri-light. Licence: the recordings are in the public domain.
 
-Layout (data_preparation/README.md and cut_by_vad.py there): SUBSET/SPEAKER/BOOK/CHAPTER.flac, and CHAPTER.json with a
-list voice_activity of the [start, end] of speech in seconds.
+Layout (data_preparation/README.md and cut_by_vad.py in that repository): SUBSET/SPEAKER/BOOK/CHAPTER.flac, and
+CHAPTER.json, whose list voice_activity has the [start, end] of each span of speech in seconds.
 
 Chapters last many minutes, so they are cut, and each piece is a document. Neighbouring spans of speech are joined, with
 the pauses between them, up to --segment seconds. A longer span, or a chapter without voice activity, is cut evenly.
@@ -51,5 +51,5 @@ def read(path, settings):
 if __name__ == "__main__":
     common.main(
         "librilight", find, read, kinds=("speech",),
-        segment=30.0,  # seconds of the longest document
+        segment=30.0,  # longest document, in seconds
     )

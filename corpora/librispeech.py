@@ -11,10 +11,10 @@ Source: openslr.org/12. Licence: CC BY 4.0.
 Layout (its README): SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID TRANSCRIPT IN CAPITALS`, and ID.flac
 in the same folder.
 
-Word times were made with the Montreal Forced Aligner (github.com/CorentinJ/librispeech-alignments). Both of its forms
-are read: ID.TextGrid, and SPEAKER-CHAPTER.alignment.txt with lines `ID ",GO,,DO," "0.49,0.89,1.27,1.38"` (words and
-their ends; pauses are empty words). They lie in the same folders as the sound, below --alignments or in the corpus.
-Utterances without times go to the aligner.
+Word times were made with the Montreal Forced Aligner (github.com/CorentinJ/librispeech-alignments). They come in two
+forms, which can both be read: ID.TextGrid, and SPEAKER-CHAPTER.alignment.txt with lines
+`ID ",GO,,DO," "0.49,0.89,1.27,1.38"` (words and their ends; pauses are empty words). These files are in the folders of
+the sound, or in folders of the same names below --alignments. --aligner finds the times that are missing.
 """
 
 import os
@@ -32,7 +32,7 @@ def find(source, settings):
 
 
 def read_alignments(path):
-    """Return {utterance: timed words} of an .alignment.txt. ValueError for a line of another form."""
+    """Return {utterance: timed words} of an .alignment.txt. Raises ValueError for a line of another form."""
     times = {}
     for line in files.lines(path):
         match = re.fullmatch(r'(\S+) "([^"]*)" "([^"]*)"\s*', line)
@@ -64,5 +64,5 @@ def read(path, settings):
 if __name__ == "__main__":
     common.main(
         "librispeech", find, read,
-        alignments="",  # folder of word times; without it they are looked for in the corpus
+        alignments="",  # folder of word times; empty: they are in the folders of the sound
     )

@@ -4,13 +4,13 @@ Your own recordings, listed in a manifest.
     python -m corpora.manifest --source=recordings --out=data/recordings --units=units/mhubert \\
         --tokenizer=weights/smollm-360m/tokenizer.json --aligner=aligners/mms
 
-Layout: manifest.jsonl (or any .jsonl, .jsonl.gz or .jsonl.zst) in the folder --source, with a record on each line:
+Layout: a manifest.jsonl (or any .jsonl, .jsonl.gz or .jsonl.zst) in the folder --source, with a record on each line:
 
     {"audio": "a/1.wav", "start": 0.5, "end": 7.25, "text": "As written, with case.", "words": [["As", 0.6, 0.8], ...]}
 
-audio is a path relative to the manifest, and must not lead out of its folder. start and end are in seconds; without
-them the item is the whole file. text is not needed for --kind=speech. words are in seconds from the beginning of the
-file, and are not needed if there is an aligner.
+audio is a path relative to the folder of the manifest, and must not lead out of it. start and end are in seconds.
+Without them the item is the whole file. text is not needed for --kind=speech. words has the word, start and end of each
+word, in seconds from the beginning of the file. It is not needed with --aligner.
 """
 
 from corpora import common, files

@@ -1,15 +1,15 @@
 """
-Parts of a corpus on disk. A run that was killed goes on behind the last part that it finished.
+The parts of a data set on disk. A run that was killed resumes after the last part that it finished.
 
-A shard is written in parts, OUT/shard-0-of-8-00000 and so on. Each part is a data set (see data.py), and all parts in
-OUT together are one sharded set. A part is written under another name and then renamed, so it appears whole or not at
-all. It holds two more files:
+A shard is written in parts, OUT/shard-0-of-8-00000 and so on. Each part is a data set (see runtime/datasets.py), and
+all parts in OUT together are one sharded set. A part is written under another name and then renamed, so it appears
+whole or not at all. It holds two more files:
 
     part.json      its record: the settings it was made with, the items it covers, counts, seconds
     dropped.jsonl  {id, reason} of each item that could not be used
 
-Results come in blocks of a fixed number of items. A part takes whole blocks until it has enough tokens. Only the items
-decide where a part ends, so the data is the same however often a run is interrupted.
+Items come in blocks of a fixed size. A part takes whole blocks until it has enough tokens. Only the items decide where
+a part ends, so the data is the same however often a run is interrupted.
 """
 
 import itertools
@@ -36,9 +36,9 @@ class Bad(NamedTuple):
 
 
 def finished_parts(out, shard, n_shards, identity):
-    """Return the records of a shard's finished parts, in order, and remove an unfinished one.
+    """Return the records of a shard's finished parts, in order, and remove an unfinished part.
 
-    SystemExit if OUT holds parts of other settings, or if one is missing.
+    Raises SystemExit if OUT holds parts of other settings, or if a part is missing.
     """
     mine, next_item, shard_name = [], 0, f"shard-{shard}-of-{n_shards}-"
     for path in sorted(out.glob("*/part.json")):
@@ -63,7 +63,7 @@ def write_part(folder, first, blocks, part_tokens, kind, tokenizer, units, ident
     """Write the next part of a shard, and return its record.
 
     first: number of its first item in the shard. blocks: an iterator of (Document or Bad for each item, seconds spent
-    in each stage, is it the last block?). tokenizer, units: for write_set. identity: what decides the data.
+    in each stage, whether this is the last block). tokenizer, units: for write_set. identity: from identify().
     """
     began = time.perf_counter()
     counts = Counter(items=0, documents=0, hours=0.0, words=0, bytes=0)
@@ -90,7 +90,7 @@ def write_part(folder, first, blocks, part_tokens, kind, tokenizer, units, ident
         meta = write_set(unfinished, kind, itertools.chain([one], documents), tokenizer, units,
                          f"corpora/{identity['corpus']}.py")
         tokens = {stream: meta[stream]["tokens"] for stream in STREAMS[kind]}
-    elif counts["items"]:  # all items that are left are bad: the part is only their record
+    elif counts["items"]:  # all remaining items are bad, so the part is only their record
         unfinished.mkdir(parents=True)
     else:
         raise SystemExit(f"{folder}: no items found, at least none for this shard; see --source and --shard")
@@ -106,7 +106,7 @@ def write_part(folder, first, blocks, part_tokens, kind, tokenizer, units, ident
 
 
 def write_report(path, about, records):
-    """Write the sums of the records of a shard's parts, after what `about` says, and return them."""
+    """Write a report and return it: the dict `about`, then the sums over the records of a shard's parts."""
     report = about | dict(parts=len(records))
     for key in ("items", "documents", "hours", "words", "bytes"):
         report[key] = sum(record[key] for record in records)

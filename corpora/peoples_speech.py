@@ -7,8 +7,9 @@ The People's Speech: 30,000 hours of English, mostly conversations, with transcr
 Source: MLCommons/peoples_speech on the Hugging Face hub. Licence: CC BY and CC BY-SA.
 
 Two layouts can be read. The hub has SUBSET/train-*.parquet with the columns id, audio {bytes, path} and text. The
-original release (as in lhotse's recipe) has train/clean.json, a record on each line, whose training_data holds the
-lists name and label, and the sound in train/clean/NAME. Transcripts are in lower case without punctuation.
+original release (as lhotse's recipe reads it) has train/clean.json, with a record on each line. training_data in a
+record holds the lists name and label. The sound is in train/clean/NAME. Transcripts are in lower case without
+punctuation.
 """
 
 from corpora import common, files

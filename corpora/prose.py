@@ -1,7 +1,7 @@
 """
-Books read aloud: plain text in espeak-ng's voices, with espeak-ng's word times.
+Books read aloud by espeak-ng, which also gives the word times.
 
-    pip download --no-deps --no-binary :all: sentencepiece==0.2.3 brotli==1.2.1     # their tests contain two books
+    pip download --no-deps --no-binary :all: sentencepiece==0.2.3 brotli==1.2.1     # the tests hold two books
     tar xf sentencepiece-0.2.3.tar.gz; tar xf brotli-1.2.1.tar.gz; mkdir -p books held_out
     cp sentencepiece-0.2.3/test/botchan.txt books; cp brotli-1.2.1/tests/testdata/alice29.txt held_out
     python -m corpora.prose --source=books --out=data/prose --units=data/demo/units \\
@@ -10,7 +10,8 @@ Books read aloud: plain text in espeak-ng's voices, with espeak-ng's word times.
 Source: any text. Licence: both books above are in the public domain.
 
 Layout: .txt files in UTF-8, one for each book. Text outside Project Gutenberg's marks is left out. A document is a few
-consecutive sentences in one voice, under the hiss of the demo. The voice is drawn by the document's place in the book.
+consecutive sentences in one voice, with the hiss of the demo. A hash of the book's name and the document's number
+chooses the voice.
 """
 import functools
 import re
@@ -19,7 +20,7 @@ import zlib
 from corpora import common, demo, files
 
 FRAME = re.compile(r"\*\*\* ?(?:START|END) OF TH[^*]*\*\*\*")  # Project Gutenberg's marks around a book
-ENDS = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bMessrs)[.!?]["')\]”’]*$""")  # the word ends a sentence
+ENDS = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bMessrs)[.!?]["')\]”’]*$""")  # a sentence's last word
 
 
 def find(source, settings):
@@ -30,7 +31,7 @@ def find(source, settings):
 
 
 def passages(text, size):
-    """Yield a text in pieces of at least `size` words that end with sentences. Dashes are left out."""
+    """Yield a text in pieces: each ends with the first sentence that brings it to `size` words. Dashes are left out."""
     text = text.replace("_", "").replace("--", " ").replace("\u2014", " ")
     passage = []
     for word in text.split():
@@ -54,6 +55,6 @@ def read(path, settings):
 if __name__ == "__main__":
     common.main(
         "prose", find, read,
-        passage=40,  # words of the shortest document
+        passage=40,  # a document ends with the first sentence that brings it to this many words
         speakers=list(range(len(demo.SPEAKERS))),  # voices to draw from, as numbers in SPEAKERS of corpora/demo.py
     )

@@ -9,8 +9,8 @@ FastSpeech 2 in the voice of LJ Speech. Licence: MIT.
 
 Layout (its card): data/data-00000-of-02191.parquet and so on, with a story in each row. Columns are audio {bytes,
 path}, text, and aligned_text, a list of {word, start_time, end_time} in seconds. A fourth column, split_sentence, is
-not explained and not used. Words are compared without punctuation, because we could not look up whether aligned_text
-has any. Each shard reads all files. To split the work among machines, give each of them a folder of files.
+not explained and not used. Words are compared without punctuation, because we do not know whether aligned_text has any.
+Each shard reads all files. To split the work among machines, give each machine a folder with some of the files.
 """
 
 from corpora import common, files

@@ -1,12 +1,14 @@
 """
-The Spoken Wikipedia Corpora, English: volunteers read articles. Sentences and words are partly aligned (Baumann, Koehn
-and Hennig, 2019; nats.gitlab.io/swc; CC BY-SA).
+The Spoken Wikipedia Corpora, English: articles read by volunteers, partly aligned by sentence and word (Baumann et al.,
+2019).
 
     python -m corpora.swc --source=SWC/english --out=data/swc --units=units/mhubert \\
         --tokenizer=weights/smollm-360m/tokenizer.json
 
+Source: nats.gitlab.io/swc. Licence: CC BY-SA.
+
 Layout (as DeepSpeech's import_swc.py reads it): ARTICLE/aligned.swc and ARTICLE/audio.ogg, or audio1.ogg, audio2.ogg,
-... if the article was read in several parts. An item is a run of neighbouring sentences of up to --segment seconds,
+... if the article was recorded in several parts. An item is a run of neighbouring sentences of up to --segment seconds,
 from one paragraph and one part. A sentence with a word that was not aligned is dropped ("no word times"). With
 --kind=speech the recordings are cut evenly instead.
 """
@@ -24,16 +26,17 @@ from speech.word_times import read_text, timed_word
 class Segment(NamedTuple):
     text: str  # a sentence or a heading as written, with single spaces between words
     words: list | None  # timed words, one for each written word that is spoken; None if one of them has no times
-    part: int  # the audio file that the times refer to, from 0
+    part: int  # number of the audio file, from 0
     paragraph: int  # number of the paragraph or heading in the article
 
 
 def read_swc(path):
     """
-    The sentences and headings of an aligned.swc (layout swc-1.0) that were read aloud: [Segment]. ValueError.
+    The sentences and headings of an aligned.swc (layout swc-1.0) that were read aloud: [Segment]. Raises ValueError if
+    the file is damaged.
 
-    The times of an article in several audio files run on from file to file. Here they count from the beginning of the
-    part.
+    In an article of several audio files, the times in aligned.swc run on from file to file. The times of a Segment
+    count from the beginning of its audio file.
     """
     xml = read_text(path)
     with reading(f"bad swc: {path}"):
@@ -59,13 +62,13 @@ def sentence_words(sentence, path):
     """
     (text, timed words or None) of an <s> or <sectiontitle>.
 
-    A token <t> is a word or a punctuation mark as written. It may hold several <n>, the words that it is spoken as,
-    each with its times in milliseconds if it was aligned.
+    A token <t> is a word or a punctuation mark as written. It may hold several <n>, the words that it is spoken as. An
+    <n> that was aligned has times in milliseconds.
     """
     tokens = [(token, token.get("text", token.text)) for token in sentence.iter("t") if token.get("text", token.text)]
     # Either the sentence has its text as an attribute, or its tokens hold the text and the spaces after them.
     written = sentence.get("text") or "".join(text + (token.tail or "") for token, text in tokens)
-    places, at = [], 0  # (begin, end, token) in the characters of `written`
+    places, at = [], 0  # (begin, end, token), in characters of `written`
     for token, text in tokens:
         begin = written.find(text, at)
         if begin < 0:
@@ -111,7 +114,7 @@ def read(path, settings):
 
 
 def continues(run, segment, seconds):
-    """Whether a segment goes into the same item as the segments of a run. One without word times stands alone."""
+    """Whether a segment joins the item of a run of segments. A segment without word times joins no others."""
     first, last = run[0][1], run[-1][1]
     if not first.words or not segment.words or segment[2:] != last[2:]:  # another part or paragraph
         return False
@@ -135,5 +138,5 @@ def item(article, run, recordings):
 if __name__ == "__main__":
     common.main(
         "swc", find, read,
-        segment=30.0,  # longest item in seconds
+        segment=30.0,  # longest document, in seconds
     )

@@ -9,8 +9,9 @@ Source: openslr.org/51. Licence: CC BY-NC-ND 3.0.
 Layout (its README, and Kaldi's recipe tedlium/s5_r3): sph/TALK.sph (NIST SPHERE, PCM), and stm/TALK.stm with lines
 `TALK CHANNEL SPEAKER START END <LABELS> text in lower case`.
 
-Segments marked ignore_time_segment_in_scoring are left out. The text is cut as in "it 's"; the suffix is joined to its
-word again. <unk> stands for a word that the transcript lacks, so such a segment is used as speech only.
+Segments marked ignore_time_segment_in_scoring are left out. The transcripts split off suffixes, as in "it 's"; here
+they are joined to the word again. <unk> stands for a word that was not transcribed, so a segment with <unk> is used
+only for --kind=speech.
 """
 
 import re

@@ -1,18 +1,19 @@
 """
-Text alone: FineWeb-Edu, Cosmopedia-v2, Python-Edu, FineMath, or your own files.
+Text without speech: FineWeb-Edu, Cosmopedia-v2, Python-Edu, FineMath, or your own files.
 
     python -m corpora.text --source=fineweb-edu-dedup --out=data/fineweb --tokenizer=weights/smollm-360m/tokenizer.json
 
 The text mixture of the paper is 0.7 FineWeb-Edu, 0.15 Cosmopedia-v2, 0.08 Python-Edu and 0.06 FineMath. Make a set of
-each, and give the weights in the config.
+each, and give these weights in the config, as config/train_150m.py does.
 
 Source: HuggingFaceTB/smollm-corpus on the Hugging Face hub (fineweb-edu-dedup/, cosmopedia-v2/, python-edu/) and
-HuggingFaceTB/finemath. Licence: ODC-By; the code in Python-Edu has licences of its own. All but Python-Edu have their
-documents in the column `text`. Python-Edu lists the files to download from Software Heritage; see its card.
+HuggingFaceTB/finemath. Licence: ODC-By; the code in Python-Edu has various licences. All but Python-Edu have the
+documents in the column `text`. Python-Edu only lists files, which must be downloaded from Software Heritage: see its
+dataset card.
 
-Layout: any folders of .parquet, .jsonl, .jsonl.gz and .jsonl.zst files, with a document in each row, and of .txt files,
-each one document. --shard=i/n splits the documents, but each shard reads all files. To split a very large corpus among
-machines, give each of them a folder of files.
+Layout: files at any depth below --source. A .parquet, .jsonl, .jsonl.gz or .jsonl.zst file has a document in each row.
+A .txt file is one document. --shard=i/n splits the documents, but each shard reads all files. To split a very large
+corpus among machines, give each machine a folder with some of the files.
 """
 
 from corpora import common, files

@@ -7,8 +7,8 @@ TIMIT: 630 speakers read ten sentences each, with word times checked by hand (Ga
 Source: catalog.ldc.upenn.edu/LDC93S1. Licence: the LDC's.
 
 Layout (its README.DOC): TRAIN|TEST/DR1/FCJF0/SA1.WAV (NIST SPHERE, 16 kHz), SA1.TXT (`0 46797 She had your ...`) and
-SA1.WRD (`BEGIN END word`, in samples). Names are in upper or lower case. Some copies have SA1.WAV.wav, converted,
-instead of it.
+SA1.WRD (`BEGIN END word`, in samples). Names are in upper or lower case. Some copies have a converted SA1.WAV.wav
+instead of SA1.WAV.
 """
 
 from corpora import common, files
@@ -21,7 +21,8 @@ def find(source, settings):
 
 
 def sibling(path, *endings):
-    """Return the first existing file with the stem of a path and one of the endings. ValueError if there is none."""
+    """Return the first existing file with the stem of a path and one of the endings. Raises ValueError if none exists.
+    """
     for ending in endings:
         if path.with_suffix(ending).exists():
             return path.with_suffix(ending)
@@ -43,5 +44,5 @@ def read(path, settings):
 if __name__ == "__main__":
     common.main(
         "timit", find, read,
-        sa=False,  # include the SA sentences, which are the same two for every speaker
+        sa=False,  # include the two SA sentences, which every speaker reads
     )

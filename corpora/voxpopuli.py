@@ -1,5 +1,5 @@
 """
-VoxPopuli: the European Parliament, 24,100 hours of English without transcripts and 543 with (Wang et al., 2021).
+VoxPopuli: English speech in the European Parliament, 24,100 hours without transcripts and 543 with (Wang et al., 2021).
 
     python -m corpora.voxpopuli --source=voxpopuli --subset=raw --out=data/voxpopuli --kind=speech --units=units/mhubert
     python -m corpora.voxpopuli --source=voxpopuli --subset=train --out=data/voxpopuli-train --units=units/mhubert \\
@@ -7,12 +7,12 @@ VoxPopuli: the European Parliament, 24,100 hours of English without transcripts 
 
 Source: github.com/facebookresearch/voxpopuli. Licence: CC0.
 
-Layout below --source, as its scripts download_audios.py and get_asr_data.py leave it:
+Layout below --source, as VoxPopuli's scripts download_audios.py and get_asr_data.py make it:
     transcribed_data/en/asr_train.tsv, asr_dev.tsv, asr_test.tsv    tab-separated id, raw_text, normalized_text, ...
     transcribed_data/en/2019/ID.ogg                                 an id begins with the year
-    raw_audios/en/2019/SESSION.ogg                                  hours long, and so cut into segments
+    raw_audios/en/2019/SESSION.ogg                                  hours long; cut into segments
 
-The text is raw_text, which has case and punctuation, or normalized_text where that is empty.
+The text is raw_text, which has case and punctuation. Where raw_text is empty, it is normalized_text.
 """
 
 from corpora import common, files
@@ -45,7 +45,7 @@ def read(path, settings):
 if __name__ == "__main__":
     common.main(
         "voxpopuli", find, read,
-        lang="en",       # the language
-        subset="train",  # train, dev or test, which have transcripts, or raw
-        segment=30.0,    # seconds of the longest document of the raw subset
+        lang="en",       # language of the recordings
+        subset="train",  # train, dev or test (with transcripts), or raw (without)
+        segment=30.0,    # raw: longest document, in seconds
     )

@@ -1,1 +1,1 @@
-"""What a reader of the method does not need: processes, checkpoints, files and the log."""
+"""The infrastructure around the method: data sets on disk, tokenizer, devices, processes, checkpoints, files, log."""

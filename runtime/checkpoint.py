@@ -1,5 +1,5 @@
 """
-Checkpoints: finding the newest good one, removing old ones, comparing runs; and the signals that end a run.
+Checkpoints and signals: find the newest good checkpoint, remove old ones, compare runs, and end a run on a signal.
 """
 import hashlib
 import json
@@ -25,7 +25,7 @@ def checkpoints(out_dir):
 
 
 def fault(folder, to_train=True):
-    """What is wrong with a checkpoint, or "". to_train: check all that training needs; otherwise only the model."""
+    """The fault of a checkpoint, or "". to_train: check all files that training needs, otherwise only the model."""
     try:
         for name in ("config", "train") if to_train else ("config",):
             read_json(folder / f"{name}.json")
@@ -39,7 +39,7 @@ def fault(folder, to_train=True):
 
 
 def newest(out_dir, to_train=True):
-    """(the newest good checkpoint of a run, or None; the newer ones that cannot be opened). Prints what is wrong."""
+    """(the newest good checkpoint of a run or None, newer ones that cannot be opened). Prints the faults of these."""
     bad = []
     for folder in reversed(checkpoints(out_dir)):
         wrong = fault(folder, to_train)
@@ -51,15 +51,15 @@ def newest(out_dir, to_train=True):
 
 
 def prune(out_dir, keep, every):
-    """Remove all but the newest `keep` checkpoints and those of steps that are multiples of `every` (0: none)."""
+    """Remove all checkpoints except the newest `keep` and those at multiples of step `every` (0: none)."""
     for old in checkpoints(out_dir)[:-keep]:
         if not every or int(old.name.rpartition("-")[2]) % every:
-            gone = old.rename(old.with_name(f".{old.name}.{os.getpid()}"))  # at once, while removing takes longer
+            gone = old.rename(old.with_name(f".{old.name}.{os.getpid()}"))  # done at once; removing takes longer
             shutil.rmtree(gone)
 
 
 def clean(out_dir, bad=()):
-    """Remove what a killed run was writing or removing, and rename bad checkpoints, so that good ones get their names.
+    """Remove unfinished files and folders of a killed run. Rename bad checkpoints, because new ones need these names.
     """
     for path in Path(out_dir).glob(".*.[0-9]*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -94,14 +94,14 @@ def identify(sources, tokenizer, units):
 
 
 def differences(saved, now, may_change):
-    """(refused, changed): where two runs differ, as dicts {name: [was, is]}.
+    """(refused, changed): the forbidden and the permitted differences between two runs, as dicts {name: [was, is]}.
 
     saved, now   dict(settings={name: value}, data={name: [hash, share, folder]})
-    may_change   names of settings that may change. Held-out data may change too, because training stays the same, and
-                 any data may lie in another folder.
+    may_change   names of settings that may change. Held-out data may change too, because it does not affect training.
+                 Any data may be moved to another folder.
     """
     refused, changed = {}, {}
-    for name in sorted((saved["settings"].keys() | now["settings"].keys()) - {"resume", "replay", "out_dir"}):
+    for name in sorted((saved["settings"].keys() | now["settings"].keys()) - {"resume", "out_dir"}):
         was, is_ = saved["settings"].get(name), now["settings"].get(name)
         if was != is_:
             (changed if name in may_change else refused)[name] = [was, is_]
@@ -124,10 +124,10 @@ def resume_command(argv):
 
 @contextmanager
 def listen():
-    """Give a list that collects the names of SIGTERM, SIGUSR1 and SIGINT as they come. The training loop looks at it.
+    """Give a list to which the name of each SIGTERM, SIGUSR1 or SIGINT is appended. The training loop checks the list.
 
-    A second Ctrl-C ends the process at once if it comes more than two seconds after the first signal. An earlier one
-    may be the copy that torchrun sends.
+    A Ctrl-C more than two seconds after the first signal ends the process at once. An earlier Ctrl-C may be the copy
+    that torchrun sends to each process, so it does not.
     """
     heard, times = [], []
 

@@ -1,20 +1,20 @@
 """
-Data sets on disk. A set is written whole or not at all, and checked when it is opened.
+Data sets on disk. A set is written completely or not at all, and checked when it is opened.
 
 A data set is a folder with a meta.json and plain .npy arrays, which are memory-mapped. There are three kinds:
 
     text     text.npy    uint16 [n]      the token ids of all documents in a row; each document ends with the text EOS
     speech   speech.npy  uint16 [m]      speech units 0 .. n_units-1; each document ends with the speech EOS = n_units
     paired   both of them, and two tables of offsets that cut both streams into the same w words:
-             text_words.npy    int64 [w+1]   word i is written as text[text_words[i]:text_words[i+1]], never empty,
-             speech_words.npy  int64 [w+1]   and spoken as speech[speech_words[i]:speech_words[i+1]], perhaps empty.
-             A document's EOS is its last word in both streams, so any span of words is one slice in either modality.
-    all      documents.npy     int64 [d+1]   where documents start, in tokens (paired: in words); the last is the end
+             text_words.npy    int64 [w+1]   word i is text[text_words[i]:text_words[i+1]], which is never empty
+             speech_words.npy  int64 [w+1]   word i is speech[speech_words[i]:speech_words[i+1]], which may be empty
+             The EOS of a document is its last word in both streams. Any span of words is one slice of either array.
+    all      documents.npy     int64 [d+1]   where documents start and the last one ends, in tokens (paired: in words)
 
 meta.json holds {format, kind, source, documents, words, text: {tokens, vocab_size, eos, tokenizer}, speech: {tokens,
-n_units, rate, vocabulary}, sha256}. `tokenizer` and `vocabulary` are hashes of the tokenizer and of the units that the
-set was made with; a model reads only sets that were made with its own. A paired set can also be used as a text set or
-as a speech set. A folder of data sets can be used as one set with several shards.
+n_units, rate, vocabulary}, sha256}. `tokenizer` and `vocabulary` are hashes of the tokenizer and of the units with
+which the set was made. A model reads only sets that have the same hashes as the model. A paired set can also be used as
+a text set or as a speech set. A folder of data sets can be used as one set with several shards.
 """
 import hashlib
 import json
@@ -29,14 +29,14 @@ from runtime.files import DataError, digest, read_array, read_json, reading, who
 
 FORMAT = 1
 STREAMS = {"text": ("text",), "speech": ("speech",), "paired": ("text", "speech")}  # of each kind of set
-FULL_CHECK = 1 << 26  # arrays of up to this many elements are checked whole when a set is opened, which takes 0.1 s
+FULL_CHECK = 1 << 26  # when a set is opened, arrays of up to this many elements are checked in full, in 0.1 s
 
 
 def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
-    """Write a data set -> its meta.json as a dict. The folder appears whole or not at all.
+    """Write a data set, completely or not at all -> its meta.json as a dict.
 
     documents   an iterable. Kinds text and speech: 1-D sequences of ids. Kind paired: pairs (text words, speech words),
-                two lists of equal length with the ids of each word. EOS is added here, as the last word.
+                two lists of equal length with the ids of each word. EOS is added here as the last word.
     tokenizer   has .vocab_size, .eos and .hash; needed for text
     units       dict(n_units, rate in Hz, hash); needed for speech
     """
@@ -90,7 +90,7 @@ def checksum(folder, meta):
 
 
 class DataSet(NamedTuple):
-    """One opened folder, which is one shard. The arrays are memory maps; those that its kind lacks are None."""
+    """An opened data set, or shard. The arrays are memory-mapped. Arrays that its kind does not have are None."""
     folder: Path
     meta: dict
     documents: np.ndarray
@@ -113,7 +113,7 @@ def open_set(folder, tokenizer=None, units=None, full=False):
 
     tokenizer, units   hashes that the set must have been made with (None: any)
     full               check every element and the sha256; otherwise long arrays are checked in samples
-    Raises DataError naming the file, the fault and the remedy.
+    DataError names the file, the fault and the remedy.
     """
     folder, path = Path(folder), Path(folder) / "meta.json"
     if not path.exists():
@@ -142,13 +142,13 @@ def open_set(folder, tokenizer=None, units=None, full=False):
 
 
 def expected_arrays(meta):
-    """{name: (length, largest number)} of the arrays of a set. Raises some exception if meta.json makes no sense."""
+    """{name: (length, largest number)} for the arrays of a set. Any exception may be raised if meta.json is invalid."""
     if meta["format"] != FORMAT:
         raise ValueError(f"format {reprlib.repr(meta['format'])}, not {FORMAT}")
     streams, paired = STREAMS[meta["kind"]], meta["kind"] == "paired"
     tokens = {stream: index(meta[stream]["tokens"]) for stream in streams}
-    end = index(meta["words"]) if paired else tokens[streams[0]]  # of the last document
-    expected = {"documents": (index(meta["documents"]) + 1, end)}  # offsets come before what they point into
+    end = index(meta["words"]) if paired else tokens[streams[0]]  # where the last document ends
+    expected = {"documents": (index(meta["documents"]) + 1, end)}  # offsets come before the arrays that they index
     if paired:
         expected |= {f"{stream}_words": (end + 1, tokens[stream]) for stream in streams}
     for stream in streams:
@@ -165,7 +165,7 @@ def eos_of(meta, stream):
 
 
 def find_fault(array, name, length, largest, full):
-    """What is wrong with an array, or "": its type, its length, or an id or offset that cannot be."""
+    """The fault of an array, or "": a wrong type or length, or an invalid id or offset."""
     is_offsets = name not in ("text", "speech")
     dtype = np.dtype(np.int64 if is_offsets else np.uint16)
     if array.dtype != dtype or array.shape != (length,) or length == 0:
@@ -182,19 +182,19 @@ def find_fault(array, name, length, largest, full):
 
 
 def all_end_with_eos(dataset, stream, full):
-    """Is the last token of each document its EOS (and in a paired set the last word)?"""
+    """Whether each document ends with EOS. In a paired set, EOS must also be a word by itself."""
     tokens, ends = getattr(dataset, stream), dataset.documents[1:]
     if len(tokens) > FULL_CHECK and not full:  # checking every document would read most of the file
         ends = ends[::-(1 + len(ends) // 1000)]
     last = ends - 1                            # the position of the EOS
-    if dataset.meta["kind"] == "paired":       # documents count words, so far
+    if dataset.meta["kind"] == "paired":       # convert positions of words to positions of tokens
         offsets = getattr(dataset, f"{stream}_words")
         last, ends = offsets.take(last, mode="clip"), offsets.take(ends, mode="clip")
     return (ends - last == 1).all() and (tokens.take(last, mode="clip") == eos_of(dataset.meta, stream)).all()
 
 
 def pieces(array, full):
-    """Yield the array in pieces that overlap by one element; or 64 samples of it, if it is long and not full."""
+    """Yield the array in pieces that overlap by one element, or 64 samples if the array is long and `full` is false."""
     if full or len(array) <= FULL_CHECK:
         starts, size = range(0, len(array), FULL_CHECK), FULL_CHECK
     else:

@@ -1,5 +1,5 @@
 """
-Which device and which precision to compute in, and how to reuse memory.
+Choose the device and the precision, and make the process reuse memory.
 """
 import ctypes
 import sys
@@ -20,7 +20,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """"auto", "bfloat16" or "float32" -> a torch dtype. auto: bfloat16 where the hardware multiplies in it."""
+    """"auto", "bfloat16" or "float32" -> a torch dtype. auto: bfloat16 if the hardware supports it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -33,6 +33,6 @@ def reuse_memory():
     """Make glibc keep freed memory. Otherwise every training step on a CPU maps and clears new pages for its tensors.
     """
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # musl has none
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # musl lacks it
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
         mallopt(-4, 0)   # M_MMAP_MAX: take everything from the heap

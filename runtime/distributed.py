@@ -1,5 +1,5 @@
 """
-Many processes as one. torchrun starts them; here they find each other and add up numbers.
+Training and evaluation in several processes. torchrun starts them; this module connects them and adds up numbers.
 """
 import json
 import os
@@ -14,15 +14,15 @@ from runtime.devices import pick_device
 
 
 class World(NamedTuple):
-    """The place of this process among all."""
+    """The rank and the device of this process, and the number of processes."""
     rank: int = 0
-    local_rank: int = 0  # on its machine
+    local_rank: int = 0  # rank on this machine
     size: int = 1
     device: torch.device = torch.device("cpu")
 
 
 ALONE = World()
-NEW_NAME, OLD_NAME = "forward_sync_buffers", "broadcast_buffers"  # torch 2.13 has renamed an option
+NEW_NAME, OLD_NAME = "forward_sync_buffers", "broadcast_buffers"  # renamed in torch 2.13
 SYNC_BUFFERS = NEW_NAME if NEW_NAME in signature(DistributedDataParallel).parameters else OLD_NAME
 
 
@@ -36,9 +36,9 @@ def join_world(device_name):
         torch.cuda.set_device(world.device)
     if "RANK" in os.environ:
         store, *_ = next(dist.rendezvous("env://", rank, size))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has the dead processes after a restart
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still lists dead processes after a restart
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        # gloo adds up numbers that are on the CPU, so that no process waits for its GPU to count targets.
+        # gloo adds up numbers on the CPU, so that no process waits for its GPU to count targets.
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=size, device_id=world.device if name == "cuda" else None)
     return world
@@ -58,9 +58,9 @@ def all_sum(values, world):
 
 
 def on_first(work, world):
-    """Call work() in the first process, and return its result, which json can hold, in all of them.
+    """Call work() in the first process, and return its result in all processes. The result must be valid in JSON.
 
-    If work() raises SystemExit, all processes end, and the first one says why.
+    If work() raises SystemExit, all processes end, and the first one prints the message.
     """
     found = [None, None]
     if world.rank == 0:
@@ -69,7 +69,7 @@ def on_first(work, world):
         except SystemExit as end:
             found = [None, str(end)]
     if world.size > 1:
-        text = json.dumps(found).encode()  # broadcast_object_list would unpickle
+        text = json.dumps(found).encode()  # broadcast_object_list would unpickle it
         size = int(all_sum(len(text) if world.rank == 0 else 0, world))
         letters = torch.frombuffer(bytearray(text.ljust(size)[:size]), dtype=torch.uint8)
         dist.broadcast(letters, 0)
@@ -81,7 +81,7 @@ def on_first(work, world):
 
 
 def distribute(model, world):
-    """The model as training calls it. With several processes, backward() averages its gradients over them."""
+    """The model as training calls it. If torchrun started the processes, backward() averages gradients over them."""
     if not dist.is_initialized():
         return model
     for p in model.parameters():  # DDP turns gradients that exist into views of its buckets; later ones would be copies

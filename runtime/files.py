@@ -1,8 +1,8 @@
 """
 Reading and writing files. Nothing is unpickled: data is .npy, weights are .safetensors, all else is json or text.
 
-A reader turns every fault of a file into a ValueError of one line that names the file. What is written appears as a
-whole or not at all.
+Readers turn every fault of a file into a one-line ValueError that names the file. Writers write a file or folder
+completely or not at all.
 """
 import csv
 import hashlib
@@ -20,7 +20,8 @@ MAX_FILE = 1 << 28  # bytes of a file that is read into memory; the largest toke
 
 
 class DataError(SystemExit):
-    """Data that cannot be used. The message is one line with the file, the fault and the remedy. It ends a script."""
+    """Data that cannot be used. Ends the script with a one-line message that names the file, the fault and the remedy.
+    """
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def read_text(path):
 
 
 def parse_json(text, name, *kinds):
-    """The value of a json text or bytes, of one of the types `kinds`. ValueError "NAME: ..."; NaN is refused too."""
+    """The value of a json text or bytes, which must have a type in `kinds`. ValueError "NAME: ...", also for NaN."""
     def refuse(constant):
         raise ValueError(f"{constant} is not json")
 
@@ -71,7 +72,7 @@ def parse_json(text, name, *kinds):
 
 
 def read_json(path, *kinds):
-    """The value in a json file, of one of the types `kinds` (default: a dict). ValueError."""
+    """The value in a json file, which must have a type in `kinds` (default: dict). ValueError."""
     return parse_json(read_bytes(path), path, *kinds or [dict])
 
 
@@ -95,7 +96,7 @@ def read_csv(path, columns):
 
 
 def read_array(path):
-    """The numbers in an .npy file, memory-mapped and read-only. ValueError, also for bytes missing or left over."""
+    """The numbers in an .npy file, memory-mapped and read-only. ValueError, also for missing or extra bytes."""
     with reading(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if type(array) is not np.memmap or array.dtype.kind not in "iuf":
@@ -132,7 +133,7 @@ def digest(path):
 
 @contextmanager
 def whole_folder(out):
-    """Give a new folder to write into. It becomes `out` if the block ends well; otherwise it is removed.
+    """Give a temporary folder to write into. If the block succeeds, the folder is renamed to `out`, otherwise removed.
 
     OSError if `out` exists and is not empty, or if the disk is full.
     """
@@ -152,7 +153,7 @@ def whole_folder(out):
 
 
 def replace_file(path, text):
-    """Write a text file, and the folders above it. At every moment it holds the old text or the new one. SystemExit."""
+    """Write a text file, and make its parent folders. The file always holds the old or the new text. SystemExit."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -165,7 +166,7 @@ def replace_file(path, text):
 
 
 def to_disk(path):
-    """Wait until a file, or the list of files in a folder, would survive a power cut."""
+    """Wait until a file, or the list of files in a folder, is on the disk and would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

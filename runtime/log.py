@@ -1,5 +1,5 @@
 """
-What a run reports: log.jsonl, lines and a bar on the terminal, and wandb and TensorBoard if asked for.
+The log of a training run: log.jsonl, lines and a progress bar on the terminal, and optionally wandb and TensorBoard.
 """
 import importlib
 import json
@@ -18,7 +18,7 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "40
 
 
 class Log:
-    """Adds up the losses of a run and writes them down. Only the first process writes."""
+    """Adds up the losses of a run and logs their means. Only the first process writes."""
 
     def __init__(self, c, world, progress):
         self.c, self.world, self.writes, self.sinks = c, world, world.rank == 0, []
@@ -26,7 +26,7 @@ class Log:
         if not self.writes:
             return
         self.path, self.total = Path(c.out_dir) / "log.jsonl", sum(stage["steps"] for stage in c.stages.values())
-        # Lines after the checkpoint are dropped, because their steps will be made again.
+        # Lines after the checkpoint are dropped, because their steps will be run again.
         self.lines = [line for line in read_log(c.out_dir) if line["step"] <= progress["total"]]
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.bar = tqdm(total=self.total, initial=progress["total"], disable=None, unit="step")
@@ -39,22 +39,23 @@ class Log:
             self.sinks.append(lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in flat(line).items()])
 
     def start(self):
-        """Begin a new line: set all sums to 0."""
-        self.sums = torch.zeros(5, dtype=torch.double)  # text nll, speech nll, entropy; targets of all processes
+        """Set all sums to 0 for the next line."""
+        self.sums = torch.zeros(5, dtype=torch.double)  # text NLL, speech NLL, entropy; text and speech targets
         self.norm, self.flops, self.steps, self.began = 0.0, 0, 0, time.perf_counter()
 
     def leave_out(self, seconds):
-        """Do not count these seconds as training, because the run did something else."""
+        """Do not count these seconds as training time."""
         self.began += seconds
 
     def add(self, losses, counts, norm, flops):
-        """Add a step. losses: this process's sums [text nll, speech nll, entropy]; counts: all text and speech targets.
+        """Add a step. losses: sums of this process [text NLL, speech NLL, entropy]. counts: numbers of text and speech
+        targets in all processes.
         """
         self.sums += torch.tensor([*losses, *counts], dtype=torch.double)
         self.norm, self.flops, self.steps = max(self.norm, norm), self.flops + flops, self.steps + 1
 
     def step(self, progress, stage_name, rates):
-        """Write a line: means over the steps since the last line, and the largest gradient norm among them.
+        """Write a line: means over the steps since the last line, and the largest gradient norm of these steps.
 
         rates: the present learning rates (of the backbone, of the new modules)
         """
@@ -93,7 +94,7 @@ class Log:
             self.write(line, f"   changed  {'  '.join(changes)}")
 
     def write(self, line, text):
-        """Write a line to log.jsonl and wherever else it goes, and its text on the terminal. No fault stops the run."""
+        """Write a line to log.jsonl, wandb and TensorBoard, and its text to the terminal. No error ends the run."""
         if not self.writes:
             return
         self.lines.append(line)
@@ -105,7 +106,7 @@ class Log:
         for sink in self.sinks:
             try:
                 sink(line)
-            except Exception as error:  # for example of the network; log.jsonl has the line
+            except Exception as error:  # for example in the network; log.jsonl has the line
                 tqdm.write(f"wandb or TensorBoard did not take a line ({error}). Training goes on", file=sys.stderr)
         tqdm.write(text)
 
@@ -121,26 +122,26 @@ def describe_step(line):
 
 
 def utilisation(flops_per_second, device):
-    """The share of the device's peak bf16 rate; None for an unknown device."""
+    """Model FLOPs utilisation (mfu): the share of the device's peak bf16 rate. None for an unknown device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for key, peak in PEAK_BF16.items() if key in name), None)
     return flops_per_second / peak if peak else None
 
 
 def spikes(line, before, window=50, least=20, limit=5.0):
-    """{loss or gradient norm that is far above the last lines of its stage: by how many robust standard deviations}."""
+    """{name: robust standard deviations above the median} of losses and norms far above the last lines of the stage."""
     found, before = {}, [x for x in before if x.get("stage") == line["stage"] and "tokens" in x][-window:]
     for key in ("text_nll", "speech_nll", "grad_norm"):
         past = [x[key] for x in before if x[key] is not None]
         if line[key] is not None and len(past) >= least:
             middle = statistics.median(past)
-            deviation = 1.4826 * statistics.median(abs(x - middle) for x in past)  # of normal numbers: sigma
+            deviation = 1.4826 * statistics.median(abs(x - middle) for x in past)  # sigma if normally distributed
             found[key] = round((line[key] - middle) / max(deviation, 0.01 * middle), 1)
     return {key: value for key, value in found.items() if value > limit}
 
 
 def flat(line, prefix=""):
-    """The numbers of nested dicts as one dict with names like nll/text/speech."""
+    """The numbers in nested dicts as one dict with names like nll/text/speech."""
     found = {}
     for key, value in line.items():
         if isinstance(value, dict):
@@ -151,7 +152,7 @@ def flat(line, prefix=""):
 
 
 def read_log(out_dir):
-    """The lines of a run's log.jsonl, without a last line that a crash has cut short. SystemExit."""
+    """The lines of a run's log.jsonl, without an incomplete last line, which a crash may leave. SystemExit."""
     path = Path(out_dir) / "log.jsonl"
     lines = path.read_text().split("\n") if path.exists() else [""]
     try:

@@ -13,9 +13,9 @@ from runtime.files import DataError, read_json, reading
 
 LONGEST_SPACE = 100_000  # whitespace characters in a row; a million would overflow tiktoken's regular expressions
 
-# SmolLM first cuts out every digit (any Unicode number) and then applies the GPT-2 pattern to the text in between. This
-# one pattern does the same. \p{N} takes one digit at a time. A run of whitespace leaves its last character to the word
-# that follows it. Before a digit the run is kept whole, because there the GPT-2 pattern sees the end of its text.
+# SmolLM first splits off every digit (any Unicode number) and then applies the GPT-2 pattern to the text in between.
+# This one pattern does the same. \p{N} takes one digit at a time. The last character of a run of whitespace goes with
+# the next word. Before a digit the run is not split, because the text ends there for the GPT-2 pattern.
 SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 def byte_alphabet():
@@ -26,7 +26,7 @@ def byte_alphabet():
 
 
 def cutting_rules(spec):
-    """{field: settings} of a tokenizer.json that decide how a text is cut and merged."""
+    """{field: settings} of a tokenizer.json that determine how a text is split and merged into tokens."""
     cut, merge = spec["pre_tokenizer"], spec["model"]
     digits, letters = cut["pretokenizers"]
     return {
@@ -65,15 +65,15 @@ def read_smollm_tokenizer(path):
         raise DataError(f"{error}; copy tokenizer.json from a SmolLM model again") from None
     for field, wanted in SMOLLM_RULES.items():
         check(found[field] == wanted, field, f"has {reprlib.repr(found[field])}, but SmolLM's has {wanted}")
-    # HF finds an added token that is not special inside any text, where our Tokenizer would see its letters.
+    # HF tokenizers find an added token that is not special inside a text. Our Tokenizer would encode its letters.
     check(only_specials, "added_tokens", "holds more than special tokens")
     check("<|endoftext|>" in specials, "added_tokens", "has no <|endoftext|>, the end of a document")
     check(agree and ids == list(range(len(ids))) and all(type(i) is int for i in ids), "model.vocab",
           "does not give every id from 0 on, with added_tokens, to one token")
     alphabet = byte_alphabet()
     check("" not in vocab and alphabet.keys() >= set("".join(vocab)), "model.vocab", "has tokens without bytes")
-    # tiktoken knows no merges. It joins the two neighbours whose union has the lowest id. The result is the same if
-    # each longer token is made by exactly one merge, and if the ids rise in the order of the merges.
+    # tiktoken has no list of merges. It joins the two neighbours whose union has the lowest id. The result is the same
+    # if each longer token is made by exactly one merge, and if the ids rise in the order of the merges.
     by_id = sorted((token for token in vocab if len(token) > 1), key=vocab.get)
     check(merged == by_id and parts <= vocab.keys(), "model.merges",
           "does not make the tokens of model.vocab one by one in the order of ids")
@@ -85,12 +85,12 @@ class Tokenizer:
 
     vocab_size    the number of ids, including the special tokens
     eos           the id of <|endoftext|>
-    hash          16 hex digits over everything that decides ids
+    hash          16 hex digits, a hash of everything that determines the ids
 
     The name of a special token inside a text is encoded as letters, never as the special token. SmolLM's vocabulary
-    lacks 21 single bytes (six control characters, and bytes that no assigned character has). They are left out, as HF
-    does, with a warning. One known difference: 13 digits that are newer than tiktoken's Unicode tables (U+11DE0-9 and
-    U+16FF4-6) count as symbols. DataError if the file is of another kind.
+    lacks 21 single bytes (six control characters, and bytes that occur in no assigned character). They are left out
+    with a warning; HF leaves them out too. One difference is known: 13 digits that are newer than tiktoken's Unicode
+    tables (U+11DE0-9 and U+16FF4-6) count as symbols. DataError if the file is not SmolLM-style.
     """
 
     def __init__(self, path):
@@ -117,9 +117,9 @@ class Tokenizer:
         return [i for i in ids if i < self.vocab_size]
 
     def encode_words(self, words):
-        """The ids of each word of a document: list[str] -> list[list[int]]. Together they are those of " ".join(words).
+        """The ids of each word of a document: list[str] -> list[list[int]]. Joined, they equal encode(" ".join(words)).
 
-        Every word but the first carries the space before it. ValueError if a word is not as str.split() gives it.
+        Every word but the first is encoded with the space before it. ValueError for an empty word or whitespace in it.
         """
         for word in words:
             if word.split() != [word]:
@@ -127,7 +127,7 @@ class Tokenizer:
         return [self.encode(" " + word if i else word) for i, word in enumerate(words)]
 
     def decode_bytes(self, ids):
-        """The bytes that ids (integers of any type) stand for; a special token gives its name. KeyError: no such id."""
+        """The bytes of ids (integers of any type). A special token gives its name. KeyError for an unknown id."""
         return b"".join(self._bytes[int(i)] for i in ids)
 
     def decode(self, ids):

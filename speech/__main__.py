@@ -1,10 +1,10 @@
 """
-The units of a sound file, the sound of units, and a picture of both.
+Print the units of a sound file, speak units, or draw a recording with its units and words.
 
     python -m speech units CLIP.wav --units=data/demo/units                    prints the units as json
     python -m speech say UNITS.json --units=data/demo/units --out=say.wav      from a .json or an .npy of units
     python -m speech draw CLIP.wav --units=data/demo/units --times=CLIP.TextGrid
-    python -m speech draw CLIP.wav --units=data/demo/units --text="what is said" --aligner=pocketsphinx
+    python -m speech draw CLIP.wav --units=data/demo/units --text="The cat sat." --aligner=pocketsphinx
 """
 import json
 import sys
@@ -21,12 +21,12 @@ from speech.word_times import read_textgrid, read_timed_json, read_wrd
 
 DEFAULTS = dict(
     units="data/demo/units",  # folder of the unit vocabulary
-    device="cpu",             # where HuBERT, vocoder and aligner run: cpu or cuda
-    out="",                   # say: sound file to write (say.wav); draw: picture to write (clip.png)
+    device="cpu",             # where HuBERT, the vocoder and the aligner run: cpu or cuda
+    out="",                   # say: sound file to write (default say.wav); draw: picture to write (default clip.png)
     vocoder="",               # say: folder of a vocoder; needed for HuBERT units
     times="",                 # draw: word times of the clip, a .TextGrid, .WRD or .json
-    text="",                  # draw: the words of the clip, if there is no file of word times
-    aligner="",               # draw: what finds their times: pocketsphinx, or the folder of a wav2vec 2.0
+    text="",                  # draw: transcript of the clip, if there is no file of word times
+    aligner="",               # draw: finds the word times of --text: pocketsphinx, or the folder of MMS's aligner
 )
 READERS = {".textgrid": read_textgrid, ".wrd": read_wrd, ".json": read_timed_json}
 
@@ -45,7 +45,7 @@ def say(file, settings):
 
 
 def draw(clip, settings):
-    from tools import figures  # here, because matplotlib takes long to import
+    from tools import figures  # imported here, because matplotlib is slow to load
 
     vocabulary, waveform = load_units(settings["units"], settings["device"]), read_audio(clip)
     words, ends = timed_transcript(clip, waveform, settings)
@@ -55,7 +55,7 @@ def draw(clip, settings):
 
 
 def timed_transcript(clip, waveform, settings):
-    """The words of a clip and when each ends, in seconds: from --times, or from --text and --aligner."""
+    """The words of a clip and the end of each in seconds, from --times or from --text and --aligner."""
     times, text = settings["times"], settings["text"]
     if times and Path(times).suffix.lower() in READERS:
         timed = READERS[Path(times).suffix.lower()](times)

@@ -1,8 +1,10 @@
 """
-Word times from the waveform and its transcript: forced alignment with MMS's wav2vec 2.0, or with pocketsphinx.
+Forced alignment: word times from a waveform and its transcript, by MMS's wav2vec 2.0 or by pocketsphinx.
 
-In MMS (Pratap et al., 2023), a wav2vec 2.0 gives log-probabilities of letters every 20 ms. The likeliest path through
-blank, letter, blank, letter, ... tells when each letter is spoken. The Viterbi algorithm finds it.
+The wav2vec 2.0 of MMS (Pratap et al., 2023) was trained with connectionist temporal classification (CTC). Every 20 ms
+it gives log-probabilities of all letters and of "blank", which stands for no letter. The Viterbi algorithm finds the
+most likely path through blank, letter, blank, letter, ... of the transcript. This path tells when each letter is
+spoken.
 """
 import math
 import os
@@ -17,10 +19,10 @@ from speech.transcripts import fill_spans, match_words, spoken_form, unspeakable
 from speech.wav2vec import frame_geometry, load_wav2vec
 
 MMS_LABELS = "- a i e n o u t s r m k l d g h y b p w c v j z f ' q x".split()  # column 0 is CTC's blank
-STAR = -1  # the last column, which align() adds: a token that is certain in every frame
+STAR = -1  # index of the last column, which align() adds: a token with probability 1 in every frame
 WINDOW_SECONDS, CONTEXT_SECONDS = 30, 3  # long audio goes through the model in windows, with context on either side
-BATCH_SECONDS = 120  # audio in the model at once
-BATCH_POINTERS, MAX_POINTERS = 1 << 28, 1 << 31  # bytes of back-pointers for a batch, and for a single utterance
+BATCH_SECONDS = 120  # audio in one batch of the model
+BATCH_POINTERS, MAX_POINTERS = 1 << 28, 1 << 31  # most bytes of Viterbi back-pointers: in a batch, in one utterance
 
 
 class Aligner(NamedTuple):
@@ -28,37 +30,39 @@ class Aligner(NamedTuple):
     labels: dict  # lower-case letter -> column
     blank: int  # column of CTC's blank
     hop: int  # samples from one frame to the next: 320
-    field: int  # samples that a frame sees: 400
+    field: int  # samples that one frame sees: 400
     device: str
 
 
 class Utterance(NamedTuple):
     number: int  # index in the lists that align() was given
-    tokens: list  # columns of the letters to be found, in order
+    tokens: list  # columns of the letters of the transcript, in order
     letters: list  # for each written word the range (first, last + 1) of its tokens, or None if it is not spoken
     n_frames: int
 
 
 def load_aligner(folder, device="cpu"):
     """
-    An Aligner from a folder with a Wav2Vec2ForCTC and, unless its columns are MMS_LABELS, vocab.json {letter: column}.
-    For the name "pocketsphinx", its decoders. ValueError for a damaged folder, RuntimeError without the package.
+    Load the Aligner in a folder, or the decoders of pocketsphinx if `folder` is "pocketsphinx".
+
+    The folder holds a Wav2Vec2ForCTC. It also needs a vocab.json {letter: column}, unless the columns are MMS_LABELS.
+    Raises ValueError for a damaged folder, RuntimeError if an optional package is missing.
     """
     if folder == "pocketsphinx":
         return load_sphinx()
     try:
         from transformers import Wav2Vec2ForCTC
     except ImportError:
-        raise RuntimeError("transformers is missing: pip install 'smoltolk[speech]'") from None
+        raise RuntimeError("transformers is missing: pip install -e '.[speech]'") from None
     model = load_wav2vec(Wav2Vec2ForCTC, folder)
-    if model.config.feat_extract_norm != "layer":  # a group norm would let the padding of a batch change the result
+    if model.config.feat_extract_norm != "layer":  # with a group norm, padding would change the result
         raise ValueError(f"{folder}: feat_extract_norm is {model.config.feat_extract_norm!r}; only 'layer' can be used")
     labels, blank = read_labels(folder, model.config)
     return Aligner(model.to(device), labels, blank, *frame_geometry(model.config), str(device))
 
 
 def read_labels(folder, config):
-    """({letter: column}, column of the blank) of the model in a folder. ValueError if they do not fit the model."""
+    """({letter: column}, column of the blank) of a folder's model. Raises ValueError if they do not fit the model."""
     path = os.path.join(folder, "vocab.json")
     if os.path.exists(path):
         columns = {label.lower(): column for label, column in read_json(path).items()}
@@ -76,16 +80,17 @@ def read_labels(folder, config):
 
 def align(waveforms, texts, aligner, star=True):
     """
-    Word times by forced alignment: for each utterance [(start, end), ...] in seconds, one for each word of
-    text.split(). If there are none, the reason is returned as a ValueError, so that the other utterances go on.
+    Find word times by forced alignment. Returns for each utterance [(start, end), ...] in seconds, one for each word of
+    text.split(). For an utterance that cannot be aligned it returns a ValueError with the reason instead. It does not
+    raise this error, so the other utterances are still aligned.
 
-    waveforms: float arrays [n] at 16 kHz; texts: a transcript each; star: put MMS's star token before and after the
-    transcript. The star has probability 1 in every frame and takes in speech that was not transcribed. It also takes
-    all frames of the first and the last letter but the likeliest. The ends of the other words, which are all that
-    word_units() needs, stay the same.
+    waveforms: float arrays [n] at 16 kHz; texts: the transcript of each; star: put MMS's star token before and after
+    the transcript. The star has probability 1 in every frame, so it absorbs speech that was not transcribed. It also
+    absorbs every frame of the first and of the last letter except the most likely one. This changes the start of the
+    first word and the end of the last word. word_units() uses neither.
 
     A word lasts from the first frame of its first letter to the end of the last frame of its last letter. Frames are
-    spread evenly over the audio. Words that are not spoken get the spans of fill_spans().
+    spread evenly over the audio. Words that are not spoken, like "--", get empty spans from fill_spans().
     """
     import torch
 
@@ -115,7 +120,7 @@ def align(waveforms, texts, aligner, star=True):
 
 
 def prepare(number, n_samples, text, aligner, star):
-    """The Utterance for a transcript and its n_samples of audio. ValueError if they cannot be aligned."""
+    """The Utterance for a transcript and its n_samples of audio. Raises ValueError if they cannot be aligned."""
     tokens, letters = [STAR] * star, []
     for word in text.split():
         spelling = "".join(spoken_form(word))
@@ -129,7 +134,7 @@ def prepare(number, n_samples, text, aligner, star):
     if not any(letters):
         raise ValueError(f"empty transcript: nothing is spoken in {text[:60]!r}")
     tokens += [STAR] * star
-    needed = len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:]))  # there is a blank between equal letters
+    needed = len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:]))  # equal neighbours need a blank between them
     n_frames = max(0, (n_samples - aligner.field) // aligner.hop + 1)
     if n_frames < needed:
         raise ValueError(f"audio too short for its transcript: {n_frames} frames of {needed} for {text[:60]!r}")
@@ -143,7 +148,7 @@ def word_spans(path, letters, frame_seconds):
     spans = []
     for tokens in letters:
         if tokens:
-            # The states ascend along the path, so a binary search finds the frames of token k, which is state 2k + 1.
+            # Token k is state 2k + 1. The states ascend along the path, so a binary search finds the frames of a token.
             start = np.searchsorted(path, 2 * tokens[0] + 1)
             end = np.searchsorted(path, 2 * tokens[1] - 1, side="right")
             spans.append((float(start * frame_seconds), float(end * frame_seconds)))
@@ -157,8 +162,10 @@ def word_spans(path, letters, frame_seconds):
 
 def emissions(waveforms, aligner):
     """
-    Log-probabilities, a float32 tensor [n_frames, columns] for each 16 kHz waveform [n] with n >= aligner.field, where
-    n_frames = (n - field) // hop + 1. Each waveform is normalised as a whole.
+    Log-probabilities of the letters: a float32 tensor [n_frames, columns] for each waveform.
+
+    waveforms: [n] at 16 kHz, with n >= field. n_frames is (n - field) // hop + 1. Each waveform is normalised as a
+    whole.
     """
     import torch
 
@@ -168,7 +175,7 @@ def emissions(waveforms, aligner):
         samples = torch.nn.functional.layer_norm(samples, samples.shape)
         pieces += [(number, *window) for window in windows(samples, aligner)]
     found = [None] * len(pieces)
-    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))  # little padding in a batch
+    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))  # similar lengths need little padding
     while order:
         size = max(1, BATCH_SECONDS * SAMPLE_RATE // len(pieces[order[-1]][1]))
         batch, order = order[-size:], order[:-size]
@@ -190,8 +197,10 @@ def emissions(waveforms, aligner):
 
 def windows(samples, aligner):
     """
-    [(piece of the samples, first frame of the piece to keep, how many to keep), ...]. A piece has WINDOW_SECONDS to
-    keep and CONTEXT_SECONDS on either side, so that a long recording fits in memory.
+    Cut samples into pieces, so that a long recording fits in memory.
+
+    Returns [(samples of the piece, first of its frames to keep, number of frames to keep), ...]. The frames to keep
+    last WINDOW_SECONDS. The piece extends CONTEXT_SECONDS beyond them on either side.
     """
     window, context = (seconds * SAMPLE_RATE // aligner.hop for seconds in (WINDOW_SECONDS, CONTEXT_SECONDS))
     n_frames = (len(samples) - aligner.field) // aligner.hop + 1
@@ -205,15 +214,15 @@ def windows(samples, aligner):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The likeliest path
+# The most likely path
 
 def ctc_paths(log_probs, targets, blank):
     """
-    The likeliest path of CTC through each target: [(states int64 [n_frames], log-probability), ...]. A target of L
+    The most likely CTC path through each target: [(states int64 [n_frames], log-probability), ...]. A target of L
     tokens has 2L + 1 states: state 2k + 1 is token k, and the even states are the blanks around the tokens.
 
-    log_probs: a batch of B float tensors [n_frames, columns]; targets: B lists of L > 0 columns, with L + repeats <=
-    n_frames. A negative column counts from the last.
+    log_probs: a batch of B float tensors [n_frames, columns]; targets: B lists of L > 0 columns. L plus the number of
+    equal neighbours must be at most n_frames. A negative column counts from the end.
     """
     import torch
 
@@ -239,8 +248,9 @@ def ctc_paths(log_probs, targets, blank):
 
 def viterbi(log_probs, lengths, columns):
     """
-    (score [B, S], pointers int8 [T, B, S]): the log-probability of the likeliest path that ends in each state at the
-    last frame, and how many states, 0 to 2, such a path has just advanced at each frame.
+    Returns (score [B, S], pointers int8 [T, B, S]). score is the log-probability of the most likely path that ends in
+    each state at the last frame. pointers tells how many states, 0 to 2, the most likely path to each state advances
+    at each frame.
 
     log_probs: [T, B, columns]; lengths: frames of each utterance [B, 1]; columns: the column of each state [B, S].
     """
@@ -262,18 +272,19 @@ def viterbi(log_probs, lengths, columns):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pocketsphinx: an older recogniser of English. pip installs all of it (30 MB), it needs no GPU and runs 60 times faster
-# than real time. It knows only the words of its dictionary, and it needs a transcript of all that is spoken.
+# pocketsphinx is an older recogniser of English. pip installs all of it (30 MB). It needs no GPU and runs 60 times
+# faster than real time. It knows only the words of its dictionary, and the transcript must have all words that are
+# spoken.
 
 SPHINX_STEP = 0.01  # seconds from one frame to the next
 
 
 def load_sphinx():
-    """Two pocketsphinx decoders: one with the usual beam, and a slower one with a much wider beam."""
+    """Two pocketsphinx decoders: one with the default beams, and a slower one with much wider beams."""
     try:
         from pocketsphinx import Decoder
     except ImportError:
-        raise RuntimeError("pocketsphinx is missing: pip install 'smoltolk[speech]'") from None
+        raise RuntimeError("pocketsphinx is missing: pip install -e '.[speech]'") from None
     wide = dict(beam=1e-120, wbeam=1e-100, pbeam=1e-120)
     return [Decoder(lm=None, loglevel="FATAL", **beams) for beams in ({}, wide)]
 
@@ -300,14 +311,14 @@ def align_sphinx(waveform, text, decoders):
 
 
 def decode(decoder, samples, spoken):
-    """Timed words that a decoder finds for the spoken words in 16-bit samples."""
+    """Timed words: where a decoder finds the spoken words in 16-bit samples."""
     decoder.set_align_text(" ".join(spoken))
     decoder.start_utt()
     decoder.process_raw(samples, full_utt=True)
     decoder.end_utt()
     timed = []
     for part in decoder.seg() or ():
-        word = part.word.split("(")[0]  # "the(2)" is another pronunciation of "the"; "(NULL)" is no word
-        if word and word[0] not in "<[":  # neither are "<s>", "</s>", "<sil>" and "[NOISE]"
+        word = part.word.split("(")[0]  # "the(2)" is another pronunciation of "the"; "(NULL)" is not a word
+        if word and word[0] not in "<[":  # "<s>", "</s>", "<sil>" and "[NOISE]" are not words
             timed.append((word, part.start_frame * SPHINX_STEP, (part.end_frame + 1) * SPHINX_STEP))
     return timed

@@ -1,7 +1,7 @@
 """
-Sound files to waveforms and back. A waveform is mono float32 at 16 kHz.
+Read and write sound files. A waveform is mono float32 at 16 kHz.
 
-libsndfile reads a file that breaks off as if it were a shorter one. Here that is an error.
+libsndfile reads a truncated file as if it were a shorter one. Here a truncated file is an error.
 """
 import io
 import math
@@ -15,7 +15,7 @@ from runtime.files import one_line
 
 SAMPLE_RATE = 16000
 
-SLACK = 0.1  # seconds that a span may end after the audio does, because manifests and transcripts round
+SLACK = 0.1  # seconds by which a span may exceed the audio, because manifests and transcripts round
 MIN_RATE, MAX_RATE = 4000, 384000  # Hz
 MAX_SAMPLES = 1 << 28  # in one span
 AV_SUFFIXES = (".g722", ".m4a", ".mp4", ".webm")  # libsndfile cannot read these formats, PyAV can
@@ -26,7 +26,7 @@ def read_audio(path, start=0.0, end=None, longest=math.inf):
     Read a sound file, or its span [start, end) in seconds, as float32 [n] at 16 kHz.
 
     path: a wav, flac, ogg, mp3, NIST SPHERE (PCM), g722, m4a, mp4 or webm file, or the bytes of one of the first five.
-    longest: refuse a longer span, in seconds. Channels are averaged; other rates are resampled.
+    longest: the longest span that is accepted, in seconds. Channels are averaged; other rates are resampled.
     Raises ValueError "unreadable audio: ...", "empty audio: ...", "audio is not finite: ...", "audio too long: ..." or
     "span outside the audio: ...".
     """
@@ -55,7 +55,7 @@ def read_audio(path, start=0.0, end=None, longest=math.inf):
 
 
 def find_span(file, name, start, end, longest):
-    """The first sample of a span of an open sound file, and the one after its last. Raises ValueError."""
+    """(first, last + 1) of the samples in a span of an open sound file. Raises ValueError for a span that is wrong."""
     rate, seconds = file.samplerate, file.frames / file.samplerate
     if not MIN_RATE <= rate <= MAX_RATE:
         raise ValueError(f"unreadable audio: {name} says {rate} samples a second")
@@ -79,10 +79,10 @@ def check_length(path, name):
             promised = sphere_length(head, name)
         elif head.startswith(b"RIFF"):
             file.seek(12)
-            while chunk := file.read(8):  # the name of a chunk and its size
+            while chunk := file.read(8):  # name and size of a chunk
                 length = int.from_bytes(chunk[4:], "little")
                 if chunk.startswith(b"data"):
-                    promised = file.tell() + length if length < 0x7FFF0000 else 0  # a wav from a pipe says more
+                    promised = file.tell() + length if length < 0x7FFF0000 else 0  # wavs from pipes hold a dummy size
                     break
                 file.seek(length + length % 2, os.SEEK_CUR)
         size = file.seek(0, os.SEEK_END)
@@ -93,7 +93,7 @@ def check_length(path, name):
 
 
 def sphere_length(head, name):
-    """The size of a SPHERE file in bytes, by its header. ValueError if that is damaged, or the samples compressed."""
+    """The size in bytes that a SPHERE header states. Raises ValueError for a damaged header or compressed samples."""
     if b"shorten" in head:
         raise ValueError(f"unreadable audio: {name} is compressed with shorten; convert it: sph2pipe -f wav")
     header = re.match(rb"NIST_1A\s+(\d+)\s", head)
@@ -116,7 +116,7 @@ def decode_with_av(path):
         with av.open(os.fspath(path)) as container:
             rate = container.streams.audio[0].rate
             resampler = av.AudioResampler("flt", "mono", rate)
-            for frame in [*container.decode(audio=0), None]:  # None asks for what the resampler holds back
+            for frame in [*container.decode(audio=0), None]:  # None flushes the resampler
                 samples += [part.to_ndarray()[0] for part in resampler.resample(frame)]
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"unreadable audio: {path} ({one_line(error)})") from None
@@ -127,7 +127,7 @@ def decode_with_av(path):
 
 
 def resample(samples, rate):
-    """float32 [n] at any rate in Hz -> float32 at 16 kHz."""
+    """Resample float32 [n] from any rate in Hz to 16 kHz."""
     if rate == SAMPLE_RATE:
         return samples
     divisor = math.gcd(SAMPLE_RATE, rate)

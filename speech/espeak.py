@@ -1,5 +1,5 @@
 """
-Text to a waveform and word times, with espeak-ng through ctypes. The voices of the demo come from here.
+Synthesise speech with espeak-ng, called through ctypes: from a text to a waveform and word times. The demo uses it.
 """
 import _ctypes
 import atexit
@@ -13,18 +13,18 @@ import numpy as np
 
 from speech.audio import resample
 
-END_OF_LIST, WORD, END_OF_CLAUSE, PHONE = 0, 1, 5, 7  # types of events in espeak-ng's speak_lib.h
-SYNCHRONOUS, UTF8, RATE, PITCH = 2, 1, 1, 3  # options and parameters there
+END_OF_LIST, WORD, END_OF_CLAUSE, PHONE = 0, 1, 5, 7  # event types in espeak-ng's speak_lib.h
+SYNCHRONOUS, UTF8, RATE, PITCH = 2, 1, 1, 3  # options and parameters in speak_lib.h
 
 
 class Event(ctypes.Structure):
-    """espeak_EVENT. Positions are characters of the text, counted from 1."""
+    """espeak-ng's struct espeak_EVENT. Positions count the characters of the text from 1."""
     _fields_ = [(name, ctypes.c_int) for name in ("type", "identifier", "position", "length", "milliseconds", "sample")]
     _fields_ += [("user_data", ctypes.c_void_p), ("phone", ctypes.c_char * 8)]
 
 
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
-unload = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary  # the latter on Windows
+unload = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary  # FreeLibrary on Windows
 
 
 def espeak(text, voice="en-us", rate=175, pitch=50):
@@ -34,13 +34,13 @@ def espeak(text, voice="en-us", rate=175, pitch=50):
     text: words separated by white space; voice: an espeak-ng voice with an optional variant ("en-us+f2");
     rate: words a minute (80 to 450); pitch: 0 to 99.
     Returns (waveform, words): float32 [n] at 16 kHz within [-1, 1], and one (start, end) in seconds for each word.
-    words is None if some word could not be timed; leave such a text out. The same arguments give the same samples,
-    except for the breathy variants +f2, +f3 and +f5, whose noise espeak-ng draws from the clock.
-    Raises RuntimeError without espeak-ng, ValueError for an unknown voice.
+    words is None if espeak-ng gives no time for some word; do not use such a text. The same arguments give the same
+    samples, except with the breathy variants +f2, +f3 and +f5, whose noise depends on the clock.
+    Raises RuntimeError if espeak-ng is missing, ValueError for an unknown voice.
     """
     words = text.split()
-    # espeak-ng joins some function words ("of the") and reports one event for the group. A bar before a word without an
-    # event separates it. A new bar can change other groups, so this is repeated.
+    # espeak-ng joins some function words ("of the") and reports one event for the group. A bar "|" before a word
+    # separates it from the word before. A new bar can change other groups, so this is repeated.
     barred = set()
     for _ in range(3):
         spoken = " ".join("| " + word if i in barred else word for i, word in enumerate(words))
@@ -60,7 +60,7 @@ def espeak_phones(text, voice="en-us", rate=175, pitch=50):
     """
     Speak a text and return (waveform, [(phone, start in seconds), ...]), without stress marks; "_" is a pause.
 
-    Words are not separated here, so the waveform can differ from that of espeak().
+    Joined function words are not separated here, so the waveform can differ from that of espeak().
     """
     samples, native_rate, events = synthesise(text, voice, rate, pitch, phones=True)
     phones = []
@@ -72,7 +72,7 @@ def espeak_phones(text, voice="en-us", rate=175, pitch=50):
 
 
 def word_spans(words, barred, samples, events):
-    """(start, end) in samples for each word, None for a word without an event. barred: words with a bar before them."""
+    """(start, end) in samples for each word, None for a word without an event. barred: words after a bar, by index."""
     owner, position = {}, 0  # owner: the word at each character of the spoken text
     for i, word in enumerate(words):
         position += len("| ") if i in barred else 0
@@ -98,11 +98,11 @@ def word_spans(words, barred, samples, events):
 def synthesise(text, voice, rate, pitch, phones=False):
     """Returns int16 samples, their rate in Hz, and (type, character, sample, phone) of each event.
 
-    Events of phones come only if asked for.
+    There are events of phones only with phones=True.
     """
     library, data = espeak_paths()
-    # espeak-ng keeps the phase of its pitch flutter in static variables, so an utterance depends on the ones before.
-    # Loading the library anew each time takes 2 ms and makes this a pure function of its arguments.
+    # espeak-ng keeps the phase of its pitch flutter in static variables, so an utterance depends on earlier ones.
+    # Loading the library anew for each text takes 2 ms and makes this a pure function of its arguments.
     lib = ctypes.CDLL(library)
     samples, events = [], []
 
@@ -135,11 +135,11 @@ def synthesise(text, voice, rate, pitch, phones=False):
 
 @functools.cache
 def espeak_paths():
-    """The path of the library and that of its data, as bytes. Raises RuntimeError if espeak-ng is not installed."""
+    """(path of the library, path of its data as bytes). Raises RuntimeError if espeak-ng is not installed."""
     try:
         import espeakng_loader
     except ImportError:
-        raise RuntimeError("espeak-ng is missing: pip install 'smoltolk[speech]'") from None
+        raise RuntimeError("espeak-ng is missing: pip install -e '.[demo]'") from None
     data = espeakng_loader.get_data_path()
     if len(data) > 120:  # espeak-ng has a buffer of about 150 characters for the path
         folder = tempfile.mkdtemp(prefix="espeak-")

@@ -1,13 +1,13 @@
 """
-The paper's units: k-means over HuBERT.
+The paper's units: k-means clusters of HuBERT features.
 
-Each frame becomes the nearest of 500 centroids to the output of layer 11 of mHuBERT at 25 Hz (TWIST, Hassid et al.
-2023). All of it runs in float32 and without TF32, on a GPU too. Many frames lie almost midway between two centroids,
-and with less precision they would become other units than those of the corpus that the language model learned from.
+The unit of a frame is the nearest of 500 centroids to the output of layer 11 of mHuBERT at 25 Hz (TWIST, Hassid et al.
+2023). Everything runs in float32, without TF32 even on a GPU. Many frames lie almost midway between two centroids. With
+less precision they would get other units than in the corpus that the language model was trained on.
 
-Recordings are batched only with others of exactly the same length, because padding would change their units: the group
-norm of the first convolution sees the whole recording, and the batch norm before the positional convolution turns zeros
-into other values. A recording is encoded as a whole, as textlesslib does it, unless it is longer than WINDOW seconds.
+Only recordings of exactly the same length share a batch, because padding would change their units. The group norm of
+the first convolution sees the whole recording, and the batch norm before the positional convolution turns zeros into
+other values. A recording is encoded as a whole, as in textlesslib, unless it is longer than WINDOW seconds.
 """
 from collections import defaultdict
 from typing import NamedTuple
@@ -24,7 +24,7 @@ BATCH = 100   # seconds of audio that are encoded together
 
 
 class HubertUnits(NamedTuple):
-    model: object         # transformers.HubertModel without the layers above the one that is read
+    model: object         # transformers.HubertModel, cut off after the layer that is read
     centroids: object     # tensor float32 [n_units, d], on the device of the model
     hash: str             # SHA-256 of the centroids
     hop: int              # samples from one frame to the next
@@ -38,7 +38,7 @@ class HubertUnits(NamedTuple):
     sound = None          # HuBERT units need a vocoder to be heard
 
     def encode(self, waveforms):
-        """For each 16 kHz waveform: (ids uint16 [n] without repeats, int64 [n] the frame at which each begins)."""
+        """For each 16 kHz waveform: (ids uint16 [n] without repeats, int64 [n] the frame where each begins)."""
         return hubert_units(waveforms, self)
 
 
@@ -46,16 +46,16 @@ def load_hubert_units(folder, device="cpu"):
     """
     The HuBERT vocabulary in a folder that `python -m tools.convert units` wrote.
 
-    units.json names the folder of a transformers HubertModel, relative to this one or absolute, and the layer to read.
-    Raises a ValueError of one line if the folder or the model is damaged or they do not fit together, and a
-    RuntimeError if transformers is not installed.
+    units.json names the layer to read and the folder of a transformers HubertModel, absolute or relative to `folder`.
+    Raises ValueError if the folder or the model is damaged or they do not fit together, and RuntimeError if
+    transformers is not installed.
     """
     about, centroids = read_vocabulary(folder, "hubert")
     try:
         import torch
         from transformers import HubertModel
     except ImportError:
-        raise RuntimeError("transformers is missing: pip install 'smoltolk[speech]'") from None
+        raise RuntimeError("transformers is missing: pip install -e '.[speech]'") from None
     path = model_folder(folder, about)
     model = load_wav2vec(HubertModel, path)
     layer, n_layers = about.get("layer"), model.config.num_hidden_layers
@@ -69,7 +69,7 @@ def load_hubert_units(folder, device="cpu"):
         if value != wanted:
             raise ValueError(f"{folder}: {name} is {value!r}, but the model in {path} needs {wanted:g}")
     model.encoder.layers = model.encoder.layers[:layer]
-    if model.config.do_stable_layer_norm:  # such an encoder ends with a norm that belongs after its last layer only
+    if model.config.do_stable_layer_norm:  # its final norm belongs after the last layer only
         model.encoder.layer_norm = torch.nn.Identity()
     return HubertUnits(
         model.to(device), torch.from_numpy(centroids).to(device), about["hash"], hop, receptive_field,
@@ -88,7 +88,7 @@ def hubert_features(batch, vocabulary):
 def hubert_units(waveforms, vocabulary):
     """The units of 16 kHz waveforms, as encode() describes them. A waveform of n samples has n // hop frames."""
     hop = vocabulary.hop
-    extra = vocabulary.receptive_field - hop  # padding, so that n // hop frames fit; slamkit pads in the same way
+    extra = vocabulary.receptive_field - hop  # padding that makes n samples give n // hop frames, as in slamkit
     frames, windows_by_length = [], defaultdict(list)
     for number, waveform in enumerate(waveforms):
         waveform = np.asarray(waveform, np.float32)

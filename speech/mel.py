@@ -1,13 +1,14 @@
 """
-Mel units, which the demo uses: k-means clusters of mel cepstra, and a waveform from them by Griffin-Lim.
+Mel units, which the demo uses: k-means clusters of mel cepstra. Griffin-Lim turns them back into a waveform.
 
-Every 10 ms a feature vector holds the mean and the slope of 13 mel cepstra over 80 ms. The mean of the utterance is
-subtracted first, because it depends on the speaker. Each vector gets the unit of a centroid near it. A penalty on
-changes keeps the units from flickering.
+The mel cepstrum is the cosine transform of the log-mel energies. Every 10 ms a feature vector holds the mean and the
+slope of 13 of its coefficients over 80 ms. The mean of the utterance is subtracted first, because it depends on the
+speaker. Each vector is assigned to a centroid near it. A penalty on changes keeps the units from flickering. One vector
+in four gives the unit of a frame of 40 ms.
 
-The settings were chosen by asking, for 360 words of demo stories in four voices, whether the word with the most similar
-units is the same word. With 80 units and a penalty of 6 it is in 98.2% of cases, at 4.9 units a word. Without the
-penalty it is in 95.5%, at 6.2 units a word; 50 units reach 95.2%, 100 units 97.6%.
+The settings were chosen on 360 words of demo stories in four voices. They were compared by how often the word with the
+most similar units is the same word. With 80 units and a penalty of 6 this is so in 98.2% of cases, at 4.9 units a word.
+Without the penalty it is so in 95.5%, at 6.2 units a word; with 50 units in 95.2%, with 100 units in 97.6%.
 """
 import functools
 import json
@@ -29,8 +30,8 @@ PER_UNIT = HOP // STEP  # 10 ms frames in a frame of units
 N_MEL, N_CEPSTRUM = 40, 13
 CONTEXT = 8  # 10 ms frames that one feature vector sees
 RAMP = np.arange(CONTEXT) - (CONTEXT - 1) / 2
-FLOOR = 1e-4  # of the mean energy, -40 dB
-PENALTY = 6.0  # for a change of unit, in mean squared distances to the nearest centroid
+FLOOR = 1e-4  # floor of the energies, as a fraction of their mean: -40 dB
+PENALTY = 6.0  # for a change of unit, in multiples of the mean squared distance to the nearest centroid
 PARAMETERS = dict(window=WINDOW, step=STEP, n_mel=N_MEL, n_cepstrum=N_CEPSTRUM, context=CONTEXT, floor=FLOOR)
 
 
@@ -52,7 +53,7 @@ class MelUnits(NamedTuple):
     def speak(self, ids, durations=None):
         if len(self.durations) != self.n_units or len(self.voice) != N_MEL:
             raise ValueError("these mel units hold no durations and no voice to speak with; make the data set again")
-        if durations is None:  # the ends are rounded, not the durations, and so the speech keeps its length
+        if durations is None:  # rounding the ends, not the durations, keeps the length of the speech
             ends = np.floor(np.cumsum(np.array(self.durations)[ids]) + 0.5).astype(np.int64)
             durations = np.diff(ends, prepend=0)
         cepstrum = join_frames(self.centroids[np.repeat(ids, durations * PER_UNIT)])
@@ -84,13 +85,13 @@ def log_mel(waveform):
 
 
 def loud_mean(x, mel):
-    """The mean of those rows of x where mel [n, N_MEL] is among the louder 70%: of speech, roughly, without pauses."""
+    """The mean of x [n, d] over the loudest 70% of the frames in mel [n, N_MEL]: roughly, speech without pauses."""
     loudness = mel.mean(1)
     return x[loudness >= np.quantile(loudness, 0.3)].mean(0)
 
 
 def voice(waveform):
-    """Mean log-mel energies of the speech in a waveform, [N_MEL]: in full detail, what mel_frames() takes away."""
+    """Mean log-mel energies of the speech in a waveform, [N_MEL]. mel_frames() subtracts the cepstrum of this mean."""
     mel = log_mel(waveform)
     return loud_mean(mel, mel)
 
@@ -104,7 +105,7 @@ def mel_frames(waveform):
     cepstrum -= loud_mean(cepstrum, mel)
     padded = np.pad(cepstrum, ((CONTEXT // 2, CONTEXT // 2 - 1), (0, 0)), mode="edge")
     stacked = sliding_window_view(padded, CONTEXT, axis=0)  # [n, N_CEPSTRUM, CONTEXT]
-    slope = RAMP / (np.linalg.norm(RAMP) * CONTEXT**0.5)  # scaled to be as large as the mean on white noise
+    slope = RAMP / (np.linalg.norm(RAMP) * CONTEXT**0.5)  # on white noise, as large as the mean
     kernel = np.stack([np.full(CONTEXT, 1 / CONTEXT), slope], 1).astype(np.float32)
     return (stacked @ kernel).transpose(0, 2, 1).reshape(len(mel), -1)  # [n, 2, N_CEPSTRUM]: means, then slopes
 
@@ -113,7 +114,8 @@ def join_frames(frames):
     """
     Cepstra [n, N_CEPSTRUM] from features [n, 2 * N_CEPSTRUM], the reverse of mel_frames().
 
-    The mean and slope of a frame are a line through the CONTEXT frames around it. The lines that cross are averaged.
+    The mean and the slope of a feature vector describe a line through the CONTEXT frames around it. A frame becomes the
+    average of all lines through it.
     """
     mean, slope = frames[:, :N_CEPSTRUM], frames[:, N_CEPSTRUM:]
     slope = slope * CONTEXT**0.5 / np.linalg.norm(RAMP)  # undoes the scaling in mel_frames()
@@ -125,7 +127,7 @@ def join_frames(frames):
 
 
 def frame_units(frames, codebook):
-    """The unit of each 40 ms frame, int64 [n // 4], of mel_frames(): the path at 10 ms, read off in the middle."""
+    """The unit of each 40 ms frame, int64 [n // 4], from mel_frames(): every fourth step of the path at 10 ms."""
     if len(frames) == 0:
         return np.zeros(0, np.int64)
     cost = units.squared_distances(frames, codebook.centroids)
@@ -136,7 +138,7 @@ def fit_mel_units(recordings, k, seed, sample=30000, voices=()):
     """
     MelUnits by k-means on a random sample of frames. The same seed gives the same units.
 
-    recordings: mel_frames() of each recording; k: number of units; sample: number of frames.
+    recordings: mel_frames() of each recording; k: number of units; sample: number of frames in the sample.
     voices: voice() of each recording; without them the units cannot be spoken.
     Raises ValueError for too few frames.
     """
@@ -146,7 +148,7 @@ def fit_mel_units(recordings, k, seed, sample=30000, voices=()):
     centroids = units.kmeans(frames, k, rng, iterations=25)
     distortion = units.squared_distances(frames, centroids).min(1).mean()
     codebook = MelUnits(centroids, PENALTY * float(distortion), units.vocabulary_hash(centroids))
-    durations = units.run_lengths([frame_units(frames, codebook) for frames in recordings[:64]], k)  # 64 are enough
+    durations = units.run_lengths([frame_units(frames, codebook) for frames in recordings[:64]], k)  # 64 suffice
     mean_voice = tuple(np.mean(voices, 0).astype(float).round(4).tolist()) if len(voices) else ()
     return codebook._replace(durations=durations, voice=mean_voice)
 
@@ -163,7 +165,7 @@ def save_mel_units(folder, codebook):
 
 
 def load_mel_units(folder, device="cpu"):
-    """The MelUnits in a folder. Raises ValueError if it is damaged or was made with other features than these."""
+    """The MelUnits in a folder. Raises ValueError if it is damaged or was made with features of other PARAMETERS."""
     about, centroids = units.read_vocabulary(folder, "mel")
     if about.get("features") != PARAMETERS or centroids.shape[1] != 2 * N_CEPSTRUM:
         raise ValueError(f"{folder}: not mel units of this version; make the data set again")

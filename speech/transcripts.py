@@ -1,8 +1,8 @@
 """
-How a written transcript is spoken, and which written word each timed word belongs to.
+How written words are spoken, and which times belong to each of them.
 
 A transcript is text.split(): written words, with their case and punctuation. A timed word is (text, start, end), with
-times in seconds. Both are compared in their spoken form: lower-case words over a-z and the apostrophe.
+times in seconds. Both are compared in their spoken form: lower-case words made of a-z and the apostrophe.
 """
 import re
 import unicodedata
@@ -17,14 +17,14 @@ FOLD = str.maketrans({
 CURRENCY = {"$": "dollar", "£": "pound", "€": "euro", "¥": "yen"}
 AMOUNT = re.compile(r"([$£€¥])?([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
                     r"(?:(st|nd|rd|th)(?![a-z])|([$£€¥]))?")
-# Unicode's categories of letters, digits and signs. A reader skips the others, such as accents and punctuation.
+# Unicode's categories of letters, digits and signs. Characters of others, such as punctuation, are not spoken.
 SPOKEN_CATEGORIES = {"Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl", "No", "Sc", "Sm", "So"}
 SILENCES = {"", "<eps>", "sp", "sil", "<sil>"}  # entries of time files that mark a pause
 UNKNOWN = "<unk>"  # the Montreal Forced Aligner writes this for a word that its dictionary does not have
 
 
 def fold(word):
-    """A word in lower case, without accents, ligatures and typographic apostrophes, and with "and" for "&"."""
+    """A word in lower case, without accents, ligatures and typographic apostrophes. Signs become words: "&", "and"."""
     letters = unicodedata.normalize("NFC", word).lower().translate(FOLD)
     # Only letters are decomposed. Decomposing "½" would give "1/2", which nobody says.
     letters = "".join(unicodedata.normalize("NFKD", c) if c.isalpha() else c for c in letters)
@@ -32,11 +32,11 @@ def fold(word):
 
 
 def say_amount(match):
-    """The English words for a match of AMOUNT. RuntimeError if num2words is not installed."""
+    """The English words for a match of AMOUNT. Raises RuntimeError if num2words is not installed."""
     try:
         from num2words import num2words
     except ImportError:
-        raise RuntimeError("num2words is missing: pip install 'smoltolk[speech]'") from None
+        raise RuntimeError("num2words is missing: pip install -e '.[speech]'") from None
 
     def one_by_one(digits):
         return " ".join(num2words(int(digit)) for digit in digits)
@@ -66,11 +66,12 @@ def say_amount(match):
 
 def spoken_form(word):
     """
-    The words over a-z and ' that a written word is spoken as: "Well-known" -> [well, known], "21st" -> [twenty, first],
-    "$3.50" -> [three, dollars, fifty], "café's" -> [cafe's], "--" -> [].
+    The words, made of a-z and ', that a written word is spoken as: "Well-known" -> [well, known], "21st" -> [twenty,
+    first], "$3.50" -> [three, dollars, fifty], "café's" -> [cafe's], "--" -> [].
 
-    1100 to 1999 are read as years. Numbers that begin with zero or have more than 15 digits, and decimals, are read
-    digit by digit. Characters that cannot be spelled are left out: see unspeakable(). RuntimeError without num2words.
+    1100 to 1999 are read as years. Decimals, and numbers that begin with zero or have more than 15 digits, are read
+    digit by digit. Characters that cannot be spelled are left out; unspeakable() lists them. Raises RuntimeError if
+    num2words is missing.
     """
     if word.isascii() and word.isalpha():
         return [word.lower()]
@@ -80,7 +81,7 @@ def spoken_form(word):
 
 
 def unspeakable(word):
-    """The letters, digits and signs of a word that spoken_form() leaves out: "это" for "это,", usually ""."""
+    """The letters, digits and signs of a word that spoken_form() leaves out: for "это," they are "это"."""
     if word.isascii() and word.isalpha():
         return ""
     rest = AMOUNT.sub(" ", fold(word))
@@ -88,7 +89,7 @@ def unspeakable(word):
 
 
 def comparable(word):
-    """spoken_form(), or for a word that it cannot spell in full, the word itself without punctuation."""
+    """The spoken form of a word. If it cannot spell the word in full: [the word itself, without punctuation]."""
     if unspeakable(word):
         return ["".join(c for c in fold(word) if unicodedata.category(c) in SPOKEN_CATEGORIES)]
     return spoken_form(word)
@@ -98,14 +99,14 @@ def match_words(words, timed, duration=None):
     """
     The time span of each written word: [(start, end), ...] in seconds.
 
-    words: text.split(); timed: [(text, start, end), ...] in order; duration: of the audio in seconds, if known.
+    words: text.split(); timed: [(text, start, end), ...] in order; duration: seconds of the audio, or None.
 
-    A written word owns all timed words that it is spoken as ("well-known" has two). The timed word <unk> stands for any
-    one written word. A word that is not spoken ("--") gets the empty span that fill_spans() describes. Spans up to one
-    unit frame outside the audio are cut to it.
+    A written word gets all timed words of its spoken form ("well-known" has two). The timed word <unk> stands for any
+    one written word. A word that is not spoken ("--") gets an empty span from fill_spans(). Spans that exceed the audio
+    by at most one unit frame are cut to it.
 
-    Raises ValueError "transcript does not match word times: ..." at the first difference. Nothing is guessed, and one
-    timed word is never shared by several written words. Raises ValueError "word times outside the audio: ...".
+    The match must be exact: nothing is guessed, and written words never share a timed word. Raises ValueError
+    "transcript does not match word times: ..." at the first difference, or "word times outside the audio: ...".
     """
     entries = spoken_entries(timed)
     spans, position = [], 0
@@ -138,8 +139,8 @@ def match_words(words, timed, duration=None):
 
 def spoken_entries(timed):
     """
-    Timed words as [(spoken word, start, end, text), ...]. A timed word that is spoken as several words becomes as many
-    entries. Only the last of them has an end; the others have None.
+    Timed words as [(spoken word, start, end, text), ...]. A timed word that is spoken as several words becomes several
+    entries. The last of them has the end; the others have None.
     """
     entries = []
     for text, start, end in timed:
@@ -152,9 +153,10 @@ def spoken_entries(timed):
 
 def fill_spans(spans):
     """
-    Spans whose ends never decrease: an end before an earlier end is raised to it. No start is after its end.
+    Replace None by empty spans, and make the ends ascend.
 
     None becomes an empty span at the end of the span before it, or, if there is none, at the start of the first span.
+    An end before an earlier end is raised to it. A start after its end is lowered to it.
     """
     filled, latest = [], next(span[0] for span in spans if span)
     for span in spans:

@@ -1,17 +1,18 @@
 """
-Unit vocabularies and what all kinds of them share.
+Unit vocabularies: what all kinds have in common.
 
-A unit vocabulary turns waveforms into units. `load_units` opens the folder of one. Each of the KINDS is an object with
+A unit vocabulary turns waveforms into units. It is stored in a folder, which `load_units` opens. A vocabulary of any of
+the KINDS is an object with
 
     n_units              the number of units, which are numbered from 0
     rate                 frames per second, before runs of the same unit are collapsed to one
-    hash                 SHA-256 of its centroids, by which data sets and checkpoints know it
+    hash                 SHA-256 of the centroids, which identifies the vocabulary in data sets and checkpoints
     encode(waveforms)    (ids, frame_start) for each float32 waveform at 16 kHz: ids uint16 [n] without repeats,
                          and the frame in which each unit begins, int64 [n]
-    sound                an object that speaks the units, or None if that takes a vocoder (speech/vocoder.py)
+    sound                an object that speaks the units, or None if they need a vocoder (speech/vocoder.py)
 
-Such an object, like a vocoder, has speak(ids, durations): ids int64 [n], durations int64 [n] in frames, or None for the
-usual ones. It returns a float32 waveform at 16 kHz.
+`sound` and every vocoder have a method speak(ids, durations), which returns a float32 waveform at 16 kHz. ids are int64
+[n]. durations are int64 [n] in frames, or None: then `sound` uses mean durations, and a vocoder predicts them.
 """
 import hashlib
 import importlib
@@ -36,9 +37,9 @@ def load_units(folder, device="cpu"):
 
 def read_vocabulary(folder, kind=None):
     """
-    Read what all kinds keep in a folder: (the dict in units.json, centroids float32 [n_units, d]).
+    Read the files that all kinds have: (the dict in units.json, centroids float32 [n_units, d]).
 
-    kind: one of KINDS, or None for any. Raises ValueError if a file is missing or damaged, or the kind is another.
+    kind: one of KINDS, or None for any. Raises ValueError if a file is missing or damaged, or if the kind differs.
     """
     path = os.path.join(folder, "units.json")
     try:
@@ -63,7 +64,7 @@ def vocabulary_hash(centroids):
 
 
 def model_folder(folder, about):
-    """The path of the model that units.json names, relative to its own folder. Raises ValueError if it names none."""
+    """The path of the model that units.json (read as `about`) names. Raises ValueError if it names none."""
     model = about.get("model")
     if not isinstance(model, str) or not model.isprintable() or len(model) > 1000:
         raise ValueError(f"{folder}: model in units.json is no folder")
@@ -71,12 +72,12 @@ def model_folder(folder, about):
 
 
 def n_frames(n_samples, vocabulary):
-    """How many frames so many samples have, before runs are collapsed."""
+    """The number of frames in n_samples, before runs are collapsed."""
     return n_samples // (SAMPLE_RATE // vocabulary.rate)
 
 
 def collapse(frame_units):
-    """Runs of the same unit to one each: (ids uint16 [n], the frame where each run starts, int64 [n])."""
+    """Collapse each run of the same unit to one unit: (ids uint16 [n], the frame where each run starts, int64 [n])."""
     frame_units = np.asarray(frame_units)
     first = np.ones(len(frame_units), bool)
     first[1:] = frame_units[1:] != frame_units[:-1]
@@ -84,7 +85,7 @@ def collapse(frame_units):
 
 
 def run_lengths(frame_ids, k):
-    """The mean number of frames in a run of each of k units, a tuple; 1 for a unit that does not occur."""
+    """The mean number of frames in a run of each of k units, as a tuple. It is 1 for a unit that does not occur."""
     total, runs = np.zeros(k), np.zeros(k)
     for frames in frame_ids:
         ids, frame_start = collapse(frames)
@@ -97,10 +98,10 @@ def word_units(ends, frame_start, n_frames, rate=UNIT_RATE):
     """
     Assign units to words. Returns offsets, int64 [n_words + 1]: word i has the units offsets[i] to offsets[i + 1].
 
-    ends: when each word ends, in seconds; frame_start: from encode(); n_frames: before runs are collapsed.
-    A word owns the frames from the end of the word before it to its own end, so a pause belongs to the word after it.
-    The last word also owns all later frames. A unit that spans two words goes to the second, so a very short word may
-    get none. Raises ValueError if ends do not ascend.
+    ends: the end of each word in seconds; frame_start: from encode(); n_frames: before runs are collapsed.
+    A word gets the frames between the end of the word before it and its end, so a pause belongs to the word after it.
+    The last word also gets all later frames. A unit that spans two words goes to the second, so a very short word may
+    have no units. Raises ValueError if an end is before an earlier one.
     """
     ends = np.asarray(ends, np.float64)
     if np.any(np.diff(ends) < 0):
@@ -112,7 +113,7 @@ def word_units(ends, frame_start, n_frames, rate=UNIT_RATE):
 
 
 def read_ids(path):
-    """Read units from a list in a .json file, or any array from an .npy file. Raises ValueError."""
+    """Read units from a list in a .json file or an array in an .npy file. Raises ValueError for a damaged file."""
     if os.fspath(path).lower().endswith(".npy"):
         return np.array(read_array(path))
     ids = read_json(path, list)
@@ -123,10 +124,10 @@ def read_ids(path):
 
 def resynthesise(ids, vocabulary, vocoder=None, durations=None):
     """
-    Units without repeats [n] to a float32 waveform at 16 kHz, spoken by the vocoder, or else by vocabulary.sound.
+    Turn units without repeats [n] into a float32 waveform at 16 kHz, by the vocoder or else by vocabulary.sound.
 
-    vocoder: from load_vocoder; durations: frames of each unit, int [n], or None for the usual ones.
-    Raises ValueError for ids outside the vocabulary, a missing vocoder, or one that was made for other units.
+    vocoder: from load_vocoder; durations: frames of each unit, int [n], or None as in speak().
+    Raises ValueError for ids outside the vocabulary, a missing vocoder, or a vocoder for other units.
     """
     ids, n_units, hop = np.asarray(ids), vocabulary.n_units, SAMPLE_RATE // vocabulary.rate
     if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= n_units):
@@ -144,12 +145,12 @@ def resynthesise(ids, vocabulary, vocoder=None, durations=None):
 
 
 def squared_distances(frames, centroids):
-    """float [n, d], [k, d] -> [n, k]"""
+    """The squared distance of each frame [n, d] to each centroid [k, d]: float [n, k]."""
     return (frames**2).sum(1)[:, None] - 2 * frames @ centroids.T + (centroids**2).sum(1)
 
 
 def kmeans(frames, k, rng, iterations):
-    """Centroids float32 [k, d] of frames [n, d]: k-means++, then Lloyd's algorithm. ValueError for too few frames."""
+    """Centroids float32 [k, d] of frames [n, d]: k-means++, then Lloyd's algorithm. Raises ValueError if n < k."""
     if len(frames) < k:
         raise ValueError(f"{len(frames)} frames are too few for {k} units")
     centroids = frames[:1]
@@ -187,10 +188,10 @@ def cheapest_path(cost, penalty):
 
 def overlapping_windows(n_frames, window, margin):
     """
-    Cut so many frames into overlapping windows of equal length: [(start, end, a, b), ...].
+    Cut n_frames frames into overlapping windows of `window` frames: [(start, end, a, b), ...].
 
-    A model reads the frames [start, end) of each window, and its results for [a, b) are kept. These are at least
-    `margin` frames from the edges of the window, except at the edges of the recording.
+    A model reads the frames [start, end) of each window. Its results for the frames [a, b) are kept. These frames are
+    at least `margin` frames from the edges of the window, except at the edges of the recording.
     """
     if n_frames <= window:
         return [(0, n_frames, 0, n_frames)]

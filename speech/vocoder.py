@@ -1,8 +1,8 @@
 """
-Units to a waveform with textlesslib's unit HiFi-GAN.
+Turn units into a waveform with textlesslib's unit HiFi-GAN.
 
-The modules have the names of textlesslib's checkpoints (CodeHiFiGANVocoder), with the weight norm folded in.
-`python -m tools.convert vocoder` makes a folder for load_vocoder() out of such a checkpoint.
+Modules are named as in textlesslib's checkpoints (CodeHiFiGANVocoder). `python -m tools.convert vocoder` folds the
+weight norm of such a checkpoint into the weights, and writes the folder that load_vocoder() reads.
 """
 import math
 import os
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from runtime.files import one_line, read_json, read_tensors
 from speech.audio import SAMPLE_RATE
 
-# Settings of textlesslib's other vocoders, which need more than units to speak.
+# Settings of textlesslib's other vocoders, which need more inputs than units.
 UNSUPPORTED = ("multispkr", "multistyle", "f0", "f0_quant_num_bin", "embedder_params")
 
 
 class Vocoder(nn.Module):
-    """HiFi-GAN V1 (Kong et al. 2020) over embedded units, with a predictor of how long each unit lasts."""
+    """HiFi-GAN V1 (Kong et al. 2020) on embeddings of units, with a predictor of the duration of each unit."""
 
     def __init__(self, config):
         super().__init__()
@@ -46,7 +46,7 @@ class Vocoder(nn.Module):
 
     @torch.inference_mode()
     def speak(self, ids, durations=None):
-        """Units int64 [n] to float32 samples at 16 kHz. durations: int64 [n] in frames; None: they are predicted."""
+        """Turn units int64 [n] into float32 samples at 16 kHz. durations: int64 [n] in frames, or None to predict."""
         device = self.dict.weight.device
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = self.dict(torch.as_tensor(ids, device=device)).T                        # [d, n]
@@ -92,14 +92,14 @@ class DurationPredictor(nn.Module):
 
 
 def load_vocoder(folder, device="cpu"):
-    """The vocoder in a folder that `python -m tools.convert vocoder` wrote. Raises a ValueError of one line."""
+    """The vocoder in a folder that `python -m tools.convert vocoder` wrote. Raises ValueError for a damaged folder."""
     try:
         config = read_json(os.path.join(folder, "config.json"))
         weights = read_tensors(os.path.join(folder, "model.safetensors"))
-        with torch.device("meta"):  # the weights take the places of tensors without memory
+        with torch.device("meta"):  # takes no memory; the weights replace these tensors
             vocoder = Vocoder(config)
         vocoder.load_state_dict(weights, assign=True)
-    except Exception as error:  # a damaged config makes torch raise many kinds
+    except Exception as error:  # a damaged config makes torch raise exceptions of many types
         raise ValueError(f"{folder}: not a whole vocoder that can be used here ({one_line(error)}); "
                          "convert it again") from None
     return vocoder.float().eval().requires_grad_(False).to(device)

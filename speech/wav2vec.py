@@ -1,5 +1,5 @@
 """
-HuBERT and wav2vec 2.0 models in transformers' format. Both turn 16 kHz samples into frames by the same convolutions.
+Load HuBERT and wav2vec 2.0 models in transformers' format. Both turn 16 kHz samples into frames by convolutions.
 """
 import os
 
@@ -10,8 +10,8 @@ def load_wav2vec(kind, folder):
     """
     The model in a folder with config.json and model.safetensors, in float32, for inference, on the CPU.
 
-    kind: the class in transformers, HubertModel or Wav2Vec2ForCTC. Nothing is downloaded. Raises a ValueError of one
-    line if the model cannot be loaded, or if any of its tensors is missing or has another shape.
+    kind: the class in transformers, HubertModel or Wav2Vec2ForCTC. Nothing is downloaded. Raises ValueError if the
+    model cannot be loaded, or if a tensor is missing or has the wrong shape.
     """
     import torch
 

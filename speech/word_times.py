@@ -1,8 +1,8 @@
 """
-Word times from the files that come with a corpus: TextGrid, ctm, json, and TIMIT's .WRD.
+Read word times from the files that come with a corpus: TextGrid, ctm, json, and TIMIT's .WRD.
 
-A timed word is (text, start, end), with times in seconds. The readers return them in the order of the file. A file that
-cannot be used raises a ValueError of one line, "KIND OF FAULT: PATH: details".
+A timed word is (text, start, end), with times in seconds. The readers return timed words in the order of the file. They
+raise a ValueError of one line, "KIND OF FAULT: PATH: details", for a file that cannot be used.
 """
 import codecs
 import math
@@ -15,7 +15,7 @@ from speech.audio import SAMPLE_RATE
 
 NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # float() also takes "nan" and "1_0"
 WORD_TIER = re.compile(r"words?|.*- words", re.IGNORECASE)  # names that aligners give to the tier of a TextGrid
-ROUNDING = 0.001  # seconds by which intervals of a tier may overlap
+ROUNDING = 0.001  # seconds by which neighbouring intervals of a tier may overlap
 
 
 def read_text(path):
@@ -27,7 +27,7 @@ def read_text(path):
 
 
 def timed_word(text, start, end, path, rate=1):
-    """A timed word from times in units of 1 / rate seconds. ValueError if they cannot be times."""
+    """A timed word, from times in units of 1 / rate seconds. Raises ValueError if they cannot be times."""
     times = [float(str(time)) / rate for time in (start, end) if NUMBER.fullmatch(str(time))]
     if isinstance(text, str) and len(times) == 2 and 0 <= times[0] <= times[1] < math.inf:
         return text.strip(), *times
@@ -61,9 +61,11 @@ def read_ctm(path):
 
 def read_timed_json(path):
     """
-    Timed words of a json file: a list of {"word" or "text", "start", "end"}, alone or under "words"; Whisper's, with
-    such "words" in each of its "segments"; or the Montreal Forced Aligner's, with entries [start, end, word] under
-    "tiers", "words".
+    Timed words of a json file in one of these forms:
+
+        LIST, or {"words": LIST}                   LIST is [{"word" or "text", "start", "end"}, ...]
+        {"segments": [{"words": LIST}, ...]}       Whisper
+        {"tiers": {"words": {"entries": [[start, end, word], ...]}}}     Montreal Forced Aligner
     """
     text = read_text(path)
     with reading(f"bad word times: {path}", "not json of words with times"):
@@ -79,8 +81,9 @@ def read_timed_json(path):
 
 def read_textgrid(path):
     """
-    Timed words of a Praat TextGrid in the long or short text format, without the empty intervals. They stand in the one
-    interval tier that is called words, word or "SPEAKER - words", in upper or lower case. RuntimeError without praatio.
+    Timed words of a Praat TextGrid in the long or short text format, without the empty intervals. The file must have
+    exactly one interval tier named words, word or "SPEAKER - words", in upper or lower case. Raises RuntimeError if
+    praatio is missing.
     """
     text = read_text(path)
     try:
@@ -93,7 +96,7 @@ def read_textgrid(path):
         for found in parseTextgridStr(text + "\n", includeEmptyIntervals=True)["tiers"]:
             if found["class"] == "IntervalTier":
                 rows = [(word, start, end) for start, end, word in found["entries"]]
-                if rows and float(rows[-1][2]) < float(found["xmax"]) - ROUNDING:  # praatio does not count them
+                if rows and float(rows[-1][2]) < float(found["xmax"]) - ROUNDING:  # praatio does not check
                     raise ValueError(f"tier {found['name']} breaks off before its end")
                 tiers.append((str(found["name"]), rows))
     chosen = [rows for name, rows in tiers if WORD_TIER.fullmatch(name)]

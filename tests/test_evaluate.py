@@ -6,7 +6,6 @@ import lzma
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,24 +14,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
 import data
 import evaluate
-from benchmarks import hear, librispeech, report, sblimp, storycloze
+from benchmarks import hear, report, sblimp, storycloze
 from model import Config, SmolTolk, from_pretrained, save_pretrained
 from runtime import datasets
 from runtime.distributed import ALONE
 from runtime.tokenizer import Tokenizer
-from speech.espeak import espeak
 
 ROOT = Path(__file__).resolve().parent.parent
 V, UNITS = 50, 10  # text ids 0..49, units 50..59, speech EOS 60, switch 61
 TINY = Config(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
               num_key_value_heads=1, n_units=UNITS, initializer_range=0.2, max_position_embeddings=64)
-BASELINE = dict(input_adapter_layers=0, output_adapter_layers=0, layer_pooling="last", residual=False)
 
 
 def tiny_model(**overrides):
@@ -44,91 +39,43 @@ def tiny_model(**overrides):
     return model
 
 
-MODELS = {"smoltolk": tiny_model(), "baseline": tiny_model(**BASELINE)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# scoring
-
 @torch.no_grad()
 def by_hand(model, sequence, span=None):
     """ln p of the tokens of a span, from the logits of a plain forward pass of this sequence; without switch tokens."""
     first, end = span or (1, len(sequence))
     out = model(torch.tensor([sequence[:end - 1]]))
-    text = model.text_logits(out.text[0]).log_softmax(-1)
-    units = model.speech_logits(out.speech[0]).log_softmax(-1)
-    values, vocab_size = [], model.config.vocab_size
-    for t in range(first, end):
-        if sequence[t] < vocab_size:
-            values.append(float(text[t - 1, sequence[t]]))
-        elif sequence[t] != model.config.switch:
-            values.append(float(units[t - 1, sequence[t] - vocab_size]))
-    return values
+    logits = model.text_logits(out.text[0]), model.speech_logits(out.speech[0])
+    logp = torch.cat([of_modality.log_softmax(-1) for of_modality in logits], 1)  # its columns are in id order
+    return [float(logp[t - 1, sequence[t]]) for t in range(first, end) if sequence[t] != model.config.switch]
 
 
-def assert_scored_as_alone(model, sequences, spans, **options):
-    total, count = evaluate.log_likelihood(model, sequences, spans, **options)
+@pytest.mark.parametrize("candidates", [1, 2, 4])
+def test_candidates_in_one_row_score_as_alone(candidates):
+    """Candidates share beginnings of any length. A row of theirs may be longer than the context of the model."""
+    model, rng = tiny_model(), np.random.default_rng(candidates)
+    sequences, spans = [], []
+    for _ in range(12):
+        beginning = rng.integers(0, 62, 40).tolist()
+        for _ in range(candidates):
+            sequence = beginning[:rng.integers(0, 41)] + rng.integers(0, 62, rng.integers(2, 25)).tolist()
+            first = int(rng.integers(1, len(sequence)))
+            sequences.append(sequence)
+            spans.append((first, int(rng.integers(first + 1, len(sequence) + 1))))
+    sequences += sequences[-1:] * candidates
+    spans += spans[-1:] * candidates
     expected = [by_hand(model, sequence, span) for sequence, span in zip(sequences, spans)]
-    np.testing.assert_allclose(total, [sum(values) for values in expected], atol=1e-4)
-    assert count.tolist() == [len(values) for values in expected]
-
-
-@st.composite
-def items(draw):
-    """(sequences, spans, number of candidates): candidates grow out of one another, so beginnings are shared."""
-    sequences, spans, n_candidates = [], [], draw(st.integers(1, 4))
-    for _ in range(draw(st.integers(1, 4))):
-        candidates = []
-        for _ in range(n_candidates):
-            trunk = draw(st.sampled_from(candidates)) if candidates else []
-            trunk = trunk[:draw(st.integers(0, len(trunk)))]
-            least = max(0, 2 - len(trunk))
-            tail = draw(st.lists(st.sampled_from([0, 3, 49, 50, 57, 60, 61]), min_size=least, max_size=12))
-            candidates.append([*trunk, *tail])
-            first = draw(st.integers(1, len(candidates[-1]) - 1))
-            spans.append((first, draw(st.integers(first + 1, len(candidates[-1])))))
-        sequences += candidates
-    return sequences, spans, n_candidates
-
-
-@settings(max_examples=60, deadline=None)
-@given(items(), st.sampled_from([20, 1000]), st.sampled_from([*MODELS]))
-def test_candidates_in_one_row_score_as_alone(drawn, batch_tokens, name):
-    sequences, spans, candidates = drawn
-    assert_scored_as_alone(MODELS[name], sequences, spans, batch_tokens=batch_tokens, candidates=candidates)
-
-
-def test_a_row_may_be_longer_than_the_context():
-    """Candidates that fill the context are in one batch with shorter ones, whose rows are padded."""
-    rng = np.random.default_rng(0)
-    long = [[*[1] * 40, *rng.integers(0, 60, 25).tolist()] for _ in range(4)]
-    short = [[*[2] * 45, *rng.integers(0, 60, 3).tolist()] for _ in range(4)]
-    spans = [(40, len(s)) for s in long + short]
-    assert len(evaluate.make_row(long, spans, range(4)).ids) > 64
-    assert_scored_as_alone(MODELS["smoltolk"], long + short, spans, candidates=4)
-
-
-def test_a_row_holds_the_common_beginning_once():
-    row = evaluate.make_row([[7, 8, 9, 1, 2], [7, 8, 9, 3, 5], [7, 8, 9, 1, 2]], [(2, 5), (4, 5), (2, 5)], [10, 11, 12])
-    assert row.ids == [7, 8, 9, 1, 9, 3] and row.branch == [0, 0, 1, 1, 2, 2]
-    assert row.targets == [-1, 9, 1, 2, -1, 5]  # -1: no candidate is scored there
-    assert row.scored == [(10, [1, 2, 3]), (11, [5]), (12, [1, 2, 3])]  # equal candidates score exactly equal
-
-
-@pytest.mark.parametrize("sequence, span, fault", [
-    ([1, 2, 3], (0, 2), "nothing to score at tokens 0 to 2 of 3"), ([1, 2, 3], (2, 2), "nothing to score"),
-    ([1, 2, 3], (1, 4), "nothing to score"), ([1] * 66, (1, 66), "65 positions, the model has 64")])
-def test_unusable_spans_are_refused(sequence, span, fault):
-    with pytest.raises(ValueError, match=f"sequence 0: {fault}"):
-        evaluate.log_likelihood(MODELS["smoltolk"], [sequence], [span])
+    for batch_tokens in (20, 1000):
+        total, count = evaluate.log_likelihood(model, sequences, spans, batch_tokens, candidates=candidates)
+        np.testing.assert_allclose(total, [sum(values) for values in expected], atol=1e-4)
+        assert count.tolist() == [len(values) for values in expected]
+        assert len(set(total[-candidates:])) == 1  # equal candidates score exactly equal
 
 
 def test_scores_are_those_of_transformers(smollm2_folder):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
     tokenizer = Tokenizer(smollm2_folder / "tokenizer.json")
-    texts = ["Question: What is 12 times 12?\nAnswer: 1443", "Question: What is 12 times 12?\nAnswer: 144",
-             "Who should Derek hug after shocking Richard?", "Who should Derek hug Richard after shocking?"]
+    texts = ["Who should Derek hug after shocking Richard?", "Who should Derek hug Richard after shocking?"]
     sequences = [[0, *tokenizer.encode(text)] for text in texts]
     ours, spans = from_pretrained(smollm2_folder).eval(), [(1, len(sequence)) for sequence in sequences]
     total, _ = evaluate.log_likelihood(ours, sequences, spans, candidates=2)
@@ -138,17 +85,6 @@ def test_scores_are_those_of_transformers(smollm2_folder):
         assert score == pytest.approx(float(logp[range(len(sequence) - 1), sequence[1:]].sum()), rel=1e-5)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(2, 400), st.integers(1, 64))
-def test_windows_score_every_token_once(n, limit):
-    windows = librispeech.overlapping_windows(n, limit)
-    assert [t for _, first, end in windows for t in range(first, end)] == list(range(1, n))
-    for start, first, end in windows:
-        assert 0 <= start < first < end and end - start - 1 <= limit
-        assert start == 0 or first - start > limit - limit // 2 - (limit < 2)  # half of the context is context
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # a model whose log-likelihoods are known
 
 def nll_of(token):
@@ -161,18 +97,13 @@ class Known:
 
     def __init__(self, config, nll=nll_of):
         self.config, self.nll, self.seen = config, nll, set()
+        self.to = self.eval = lambda *_: self
 
     def parameters(self):
         yield torch.zeros(1)
 
     def named_parameters(self):
         yield "model.norm.weight", torch.zeros(1_000_000)
-
-    def to(self, device):
-        return self
-
-    def eval(self):
-        return self
 
     def __call__(self, ids, targets, layout):
         for row, branches in zip(ids.tolist(), layout.branch.tolist()):
@@ -182,24 +113,24 @@ class Known:
                     read[number] = (*read.get(number, read[0]), token)
                     self.seen.add(read[number])
         nll = self.nll(targets.flatten())
-        return SimpleNamespace(text_nll=nll[layout.text], speech_nll=None if layout.speech is None else
-                               nll[layout.speech])
+        speech_nll = None if layout.speech is None else nll[layout.speech]
+        return SimpleNamespace(text_nll=nll[layout.text], speech_nll=speech_nll)
 
 
 @pytest.fixture
 def world(tmp_path, demo_folder, monkeypatch):
-    """A checkpoint folder whose model is Known; sound files hold their units as text: "5 6 7"."""
+    """A checkpoint folder whose model is Known. Sound files hold their units as text: "5 6 7"."""
     folder = tmp_path / "model"
     folder.mkdir()
-    shutil.copy(demo_folder / "tokenizer.json", folder)
-    shutil.copy(demo_folder / "units" / "units.json", folder)
+    for file in ("tokenizer.json", "units/units.json"):
+        shutil.copy(demo_folder / file, folder)
     for stem in ("model", "speech"):
         (folder / f"{stem}.safetensors").touch()
     tokenizer = Tokenizer(folder / "tokenizer.json")
     known = Known(Config(vocab_size=tokenizer.vocab_size, n_units=30))
 
-    def hear_files(evaluator, files):
-        return [[int(u) + known.config.vocab_size for u in Path(file).read_text().split()] for file in files]
+    def ids_of(units):
+        return [known.config.vocab_size + int(unit) for unit in units.split()]
 
     def run(task, *arguments):
         """(results, items) of one task, by default on the files in tmp_path/task."""
@@ -218,15 +149,14 @@ def world(tmp_path, demo_folder, monkeypatch):
 
     def score(text="", units=""):
         """Summed and mean log-likelihood of a text or of units."""
-        ids = tokenizer.encode(text) + [known.config.vocab_size + int(u) for u in units.split()]
-        values = [-nll_of(i) for i in ids]
+        values = [-nll_of(i) for i in tokenizer.encode(text) + ids_of(units)]
         return sum(values), sum(values) / len(values)
 
     monkeypatch.setattr(evaluate, "from_pretrained", lambda path: known)
     for module in (sblimp, storycloze):
-        monkeypatch.setattr(module, "hear_files", hear_files)
+        monkeypatch.setattr(module, "hear_files", lambda _, files: [ids_of(Path(file).read_text()) for file in files])
     return SimpleNamespace(folder=folder, tmp=tmp_path, known=known, tokenizer=tokenizer, run=run, write=write,
-                           score=score)
+                           score=score, ids_of=ids_of)
 
 
 def better(a, b):
@@ -239,25 +169,18 @@ def as_csv(header, rows):
     return file.getvalue()
 
 
-def our_row(world):
-    """The cells of our row of Table 7."""
-    [line] = [line for line in (world.tmp / "e.md").read_text().splitlines() if line.startswith("| **")]
-    return line.strip("| ").split(" | ")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# BLiMP and MMLU
+# the benchmarks
 
 PAIRS = [("The cat sat.", "The cat sit.", "syntax", "a"), ("A dog runs", "A dog run", "syntax", "a"),
          ("same", "same", "morphology", "b"), ("One two three", "Two", "morphology", "b"),
          ("x y", "z", "semantics", "c")]
 
 
-def blimp_files(pairs, folder="blimp"):
+def blimp_files(pairs):
     files = {}
     for good, bad, field, uid in pairs:
         item = dict(sentence_good=good, sentence_bad=bad, field=field, linguistics_term="t", UID=uid)
-        files[f"{folder}/{uid}.jsonl"] = files.get(f"{folder}/{uid}.jsonl", "") + json.dumps(item) + "\n"
+        files[f"blimp/{uid}.jsonl"] = files.get(f"blimp/{uid}.jsonl", "") + json.dumps(item) + "\n"
     return files
 
 
@@ -272,14 +195,10 @@ def test_blimp(world):
     assert blimp["stderr"] == pytest.approx(100 * np.std(by_sum) / 5 ** 0.5)
     assert blimp["by_mean"] == pytest.approx(100 * np.mean(by_mean))
     assert blimp["by_paradigm"]["a"]["accuracy"] == pytest.approx(100 * np.mean(by_sum[:2]))
-    assert blimp["by_field"]["morphology"]["accuracy"] == pytest.approx(100 * np.mean(by_sum[2:4]))
-    assert results["made"]["blimp"]["protocol"] == dict(score="sum", ties="share", bos=True)
-    assert results["made"]["blimp"]["files"]["number"] == 3 and len(results["sha256"]["speech.safetensors"]) == 64
     assert (world.tokenizer.eos, *world.tokenizer.encode("A dog")) in world.known.seen
     for ties, tied in (("wrong", 0), ("first", 1)):
         _, items = world.run("blimp", "--protocol.blimp.score=mean", f"--protocol.blimp.ties={ties}")
         assert items["right"].tolist() == [tied if x == 0.5 else x for x in by_mean]
-    assert our_row(world)[1] == "**1M**" and our_row(world)[3] == f"**{100 * np.mean(items['right']):.1f}**"
 
 
 QUESTIONS = [("high_school_biology", "What runs?", "a cat", "the dog", "it", "stone and water", "B"),
@@ -302,22 +221,11 @@ def test_mmlu(world):
         assert items[f"{name}.right"].tolist() == right
         over_subjects = (np.mean(right[:2]) + right[2]) / 2
         assert results["mmlu"][name]["accuracy"] == pytest.approx(100 * over_subjects)
-        assert results["mmlu"][f"{name}_by_subject"]["anatomy"]["accuracy"] == pytest.approx(100 * right[2])
     prompt = 'The following are questions about high school biology.\nQuestion: What runs?\nAnswer:'
     assert (*world.tokenizer.encode(prompt), *world.tokenizer.encode(" the")) in world.known.seen  # and no EOS
     value = results["mmlu"]["acc_norm"]["accuracy"]
-    assert our_row(world)[-1] == f"**{value:.1f} / {value:.1f}**"  # after and before speech training
+    assert report.table_7_row(results)[-1] == f"{value:.1f} / {value:.1f}"  # after and before speech training
 
-
-def test_a_question_that_is_too_long_loses_its_beginning(world):
-    world.known.config.max_position_embeddings = 40
-    world.write({"mmlu": as_csv(MMLU, [("anatomy", "long " * 100, "a", "b b b", "c", "d", "A"), QUESTIONS[2]])})
-    results, _ = world.run("mmlu")
-    assert results["mmlu"]["cut_questions"] >= 1 and max(map(len, world.known.seen)) == 40
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sBLIMP
 
 def sblimp_files(sentences):
     """sentences: (id, voice, type, correct, units). The names of the files are in another order than gold.csv."""
@@ -325,10 +233,10 @@ def sblimp_files(sentences):
     for i, (key, voice, kind, correct, units) in enumerate(sentences):
         files[f"sblimp/syntactic/dev/x{i * 37 % 101:03}.wav"] = units
         rows.append((key, f"x{i * 37 % 101:03}", voice, kind, "sub", correct, "some words"))
-    return files | {"sblimp/syntactic/dev/gold.csv":
-                    as_csv("id filename voice type subtype correct transcription", rows)}
+    return files | {GOLD: as_csv("id filename voice type subtype correct transcription", rows)}
 
 
+GOLD = "sblimp/syntactic/dev/gold.csv"
 SPOKEN = [(1, "A", "agreement", 1, "1 2 3"), (1, "A", "agreement", 0, "4 5 6 7"), (1, "B", "agreement", 0, "9 9"),
           (1, "B", "agreement", 1, "9 9"), (2, "A", "island", 0, "3 8 1"), (2, "A", "island", 1, "5 6 12 20 20 20"),
           (3, "A", "agreement", 1, "0 7"), (3, "A", "agreement", 0, "6 13 6")]
@@ -336,7 +244,7 @@ SPOKEN = [(1, "A", "agreement", 1, "1 2 3"), (1, "A", "agreement", 0, "4 5 6 7")
 
 def test_sblimp(world):
     """A pair is averaged over its voices; then come means over pairs, over types and over voices."""
-    world.write(sblimp_files(SPOKEN) | {"sblimp/syntactic/test/hidden.wav": "1 2"})
+    world.write(sblimp_files(SPOKEN))
     means = [world.score(units=units)[1] for *_, units in SPOKEN]
     answers = [better(means[0], means[1]), 0.5, better(means[5], means[4]), better(means[6], means[7])]
     pairs = [(answers[0] + 0.5) / 2, answers[2], answers[3]]
@@ -344,54 +252,41 @@ def test_sblimp(world):
     dev = results["sblimp"]["dev"]
     assert sorted(items["dev.right"]) == sorted(pairs) and dev["items"] == 3
     assert dev["accuracy"] == pytest.approx(100 * np.mean(pairs))
-    assert dev["stderr"] == pytest.approx(100 * np.std(pairs) / 3 ** 0.5)
     assert dev["by_type_mean"] == pytest.approx(100 * np.mean([np.mean([pairs[0], pairs[2]]), pairs[1]]))
-    assert dev["by_type_mean"] != pytest.approx(dev["accuracy"])
     assert dev["by_voice"]["B"] == dict(accuracy=50, stderr=0, items=1) and dev["by_voice"]["A"]["items"] == 3
     submitted = dict(line.split(" ") for line in (world.tmp / "e.sblimp.dev.txt").read_text().splitlines())
     assert {name: float(score) for name, score in submitted.items()} == pytest.approx(
         {f"x{i * 37 % 101:03}": mean for i, mean in enumerate(means)})
-    assert (world.tmp / "e.sblimp.test.txt").read_text().split(" ")[0] == "hidden" and "test" not in results["sblimp"]
-    config = world.known.config  # EOS and all units but the last are read; the EOS at the end is not scored
-    assert (config.speech_eos, *(config.vocab_size + u for u in (4, 5, 6))) in world.known.seen
-    in_order = sorted(range(8), key=lambda i: i * 37 % 101)
-    assert items["dev.tokens"].tolist() == [len(SPOKEN[i][4].split()) for i in in_order]
+    # EOS and all units but the last are read; the EOS at the end is not scored.
+    assert (world.known.config.speech_eos, *world.ids_of("4 5 6")) in world.known.seen
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# stories
 
 STORIES = {"bear": [("A bear slept.", "1 2 3"), ("It was winter.", "4 5"), ("It sang to nobody", "6 6 7 8")],
            "fox": [("The fox ran.", "9"), ("Away.", "10 11 12"), ("Away.", "10 11 12")],
            "owl": [("An owl.", "3 2"), ("Night came on at ten", "13 13 6"), ("Day", "5")]}
 
 
-def story_files(folder, suffixes=(".txt", ".wav")):
+def story_files():
     files = {}
     for name, parts in STORIES.items():
         for part, contents in zip(("mutual", "correct", "incorrect"), parts):
-            named = {f"{folder}/{name}_{part}{suffix}": text for suffix, text in zip((".txt", ".wav"), contents)}
-            files |= {path: text for path, text in named.items() if path.endswith(suffixes)}
+            files |= {f"tstorycloze/{name}_{part}{end}": text for end, text in zip((".txt", ".wav"), contents)}
     return files
 
 
-TWIST = {"0_story-0_a_correct.wav": "1 2 3 4", "1_story-0_a_incorrect.wav": "1 2 9 11 5", "2_correct.wav": "7 8",
-         "3_incorrect.wav": "8 7", "4_c_correct.wav": "14 21 13 13", "5_c_incorrect.wav": "14 21 14"}
-
-
 def test_stories_of_twist(world):
-    world.write({f"sstorycloze/{name}": units for name, units in TWIST.items()})
-    means = [world.score(units=units)[1] for units in TWIST.values()]
-    expected = [better(right, wrong) for right, wrong in zip(means[::2], means[1::2])]
-    assert expected[1] == 0.5
+    twist = {"0_story-0_a_correct.wav": "1 2 3 4", "1_story-0_a_incorrect.wav": "1 2 9 11 5", "2_correct.wav": "7 8",
+             "3_incorrect.wav": "8 7", "4_c_correct.wav": "14 21 13 13", "5_c_incorrect.wav": "14 21 14"}
+    world.write({f"sstorycloze/{name}": units for name, units in twist.items()})
+    means = [world.score(units=units)[1] for units in twist.values()]
     results, items = world.run("sstorycloze")
-    assert items["S.right"].tolist() == expected and set(results["sstorycloze"]) == {"S"}
+    assert items["S.right"].tolist() == [better(*both) for both in zip(means[::2], means[1::2])]
     assert items["S.tokens"].tolist() == [4, 5, 2, 2, 4, 3]  # all of the story, and no EOS
-    assert results["made"]["sstorycloze"]["notes"]["span"] == "whole"
+    assert set(results["sstorycloze"]) == {"S"} and results["made"]["sstorycloze"]["notes"]["span"] == "whole"
 
 
 def test_stories_in_four_settings(world):
-    world.write(story_files("tstorycloze"))
+    world.write(story_files())
     written, spoken = [], []
     for _, right, wrong in STORIES.values():
         written.append(better(world.score(" " + right[0])[1], world.score(" " + wrong[0])[1]))
@@ -399,96 +294,45 @@ def test_stories_in_four_settings(world):
     results, items = world.run("tstorycloze")
     assert items["T.right"].tolist() == items["S->T.right"].tolist() == written and written[1] == 0.5
     assert items["S.right"].tolist() == items["T->S.right"].tolist() == spoken and spoken != written
-    assert [result["items"] for result in results["tstorycloze"].values()] == [3, 3, 3, 3]
-    config, encode = world.known.config, world.tokenizer.encode
-    units = [config.vocab_size + u for u in (1, 2, 3)]
-    assert (0, *encode("A bear slept."), *encode(" It")) in world.known.seen
-    assert (0, *encode("A bear slept."), config.switch, config.vocab_size + 4) in world.known.seen
-    assert (config.speech_eos, *units, config.switch, *encode(" It was")) in world.known.seen
-    assert (config.speech_eos, *units, config.vocab_size + 4) in world.known.seen
-    assert our_row(world)[5:9] == [f"**{100 * np.mean(x):.1f}**" for x in (written, spoken, spoken, written)]
-
-
-def test_options_of_stories(world):
-    world.write(story_files("tstorycloze"))
-    _, items = world.run("tstorycloze", "--protocol.tstorycloze.span=whole")
-    whole = [len(world.tokenizer.encode(context[0])) + len(ending[1].split())
-             for context, *endings in STORIES.values() for ending in endings]
-    assert items["T->S.tokens"].tolist() == whole  # the switch token is not scored
+    config, encode, units = world.known.config, world.tokenizer.encode, world.ids_of("1 2 3")
+    expected = {(0, *encode("A bear slept."), *encode(" It")),
+                (0, *encode("A bear slept."), config.switch, *world.ids_of("4")),
+                (config.speech_eos, *units, config.switch, *encode(" It was")),
+                (config.speech_eos, *units, *world.ids_of("4"))}
+    assert expected <= world.known.seen
     world.known.seen.clear()
-    world.run("tstorycloze", "--protocol.tstorycloze.prefix=10")
-    config = world.known.config
-    units = [config.vocab_size + u for u in (1, 2, 3)]
-    [prefixed] = {read for read in world.known.seen if read[11:] == (config.switch, *units)}
-    assert prefixed[0] == 0  # text EOS and ten text tokens, the same ones for both endings
-    assert (config.speech_eos, *units, units[0] + 3) in world.known.seen  # the setting S has no prefix
-
-
-def test_a_folder_may_hold_one_modality_and_a_text_model_needs_no_sound(world):
-    world.write(story_files("sstorycloze", (".txt",)))
-    assert set(world.run("sstorycloze")[0]["sstorycloze"]) == {"T"}
-    world.write(story_files("sstorycloze"))
+    assert report.table_7_row(results)[5:9] == [f"{100 * np.mean(x):.1f}" for x in (written, spoken, spoken, written)]
+    documents = [([encode(" " * (i > 0) + text)], [[int(unit) for unit in units.split()]])
+                 for parts in STORIES.values() for i, (text, units) in enumerate(parts)]
+    datasets.write_set(world.tmp / "cloze", "paired", documents, world.tokenizer, dict(n_units=30, rate=25, hash="u"))
+    cloze_set = datasets.open_set(world.tmp / "cloze")  # the same stories as a paired set
+    answers = {setting: right.tolist() for setting, right in evaluate.topic_cloze(world.known, cloze_set).items()}
+    assert answers == {"T": written, "S": spoken, "T->S": spoken, "S->T": written} and expected <= world.known.seen
+    assert evaluate.topic_cloze(world.known, cloze_set, items=[2, 1])["T"].tolist() == [written[2], written[1]]
     (world.folder / "speech.safetensors").unlink()
-    assert set(world.run("sstorycloze")[0]["sstorycloze"]) == {"T"}
-    world.write(story_files("tstorycloze", (".wav",)))
-    with pytest.raises(SystemExit, match="tstorycloze: nothing here that a text model can score"):
-        world.run("tstorycloze")
-    with pytest.raises(SystemExit, match="sblimp needs speech, and this checkpoint has no speech.safetensors"):
-        world.run("sblimp")
+    assert set(world.run("tstorycloze")[0]["tstorycloze"]) == {"T"}  # a text model does not listen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bad data
-
-GOLD = "sblimp/syntactic/dev/gold.csv"
-BAD_DATA = [
+BAD_INPUT = [
     ("blimp", {"blimp/a.jsonl": '{"sentence_good": "a"}'}, "a.jsonl:1: not an item of BLiMP .sentence_bad"),
-    ("blimp", blimp_files([("a", " ", "f", "u")]), "u.jsonl:1: not an item of BLiMP .sentence_bad"),
-    ("blimp", {"blimp/a.jsonl": "{"}, "a.jsonl:1: no readable json"),
-    ("blimp", {"blimp/a.txt": ""}, "blimp: no .jsonl files"),
     ("mmlu", {"mmlu": as_csv(MMLU, [QUESTIONS[0], ("s", "q", "a", "", "c", "d", "A")])}, "item 2: not an item of MMLU"),
-    ("mmlu", {"mmlu": as_csv(MMLU, [("s", "q", "a", "b", "c", "d", "AB")])}, "item 1: not an item of MMLU.* 'AB'"),
-    ("mmlu", {"mmlu": as_csv(MMLU[:-7], [])}, "mmlu: no one column answer; it needs subject"),
-    ("mmlu", {}, "mmlu: no such file or folder"),
     ("sblimp", sblimp_files(SPOKEN + SPOKEN[:1]), "gold.csv:10: a second row for .* or .'agreement'"),
     ("sblimp", sblimp_files(SPOKEN[:-1]), "gold.csv: missing the counterpart of .'agreement'"),
-    ("sblimp", sblimp_files([(1, "A", "agreement", 2, "1")]), "gold.csv:2: not a row"),
-    ("sblimp", {GOLD: sblimp_files(SPOKEN)[GOLD]}, "no wavs here"),
     ("sblimp", {GOLD: sblimp_files(SPOKEN)[GOLD], "sblimp/syntactic/dev/x000.wav": "1"}, "x037.wav: missing, though"),
-    ("sblimp", {"sblimp/x": ""}, "no syntactic/dev or syntactic/test inside"),
-    ("sstorycloze", {"sstorycloze/a_correct.wav": "1"}, "a_correct.wav: misnamed; story k is"),
     ("sstorycloze", {"sstorycloze/1_correct.wav": "1"}, "1_correct.wav: misnamed"),
-    ("sstorycloze", {"sstorycloze/0_a_correct.wav": "1", "sstorycloze/0_b_correct.wav": "1"}, "0_b_correct.*misnamed"),
-    ("sstorycloze", {"sstorycloze/0_correct.wav": "1"}, "0_correct.wav: missing its counterpart, number 1"),
-    ("sstorycloze", {"sstorycloze/x": ""}, "sstorycloze: no wavs here"),
-    ("tstorycloze", story_files("tstorycloze") | {"tstorycloze/fox_correct.txt": " \n"}, "fox_correct.txt: empty text"),
-    ("tstorycloze", story_files("tstorycloze") | {"tstorycloze/a_mutual.wav": "1"}, "a_correct.wav: missing")]
+    ("tstorycloze", story_files() | {"tstorycloze/fox_correct.txt": " \n"}, "fox_correct.txt: empty text"),
+    ("tstorycloze", story_files() | {"tstorycloze/a_mutual.wav": "1"}, "a_correct.wav: missing"),
+    ("text --dtype=float16", {}, "dtype=float16: choose float32 or bfloat16"),
+    ("text --protocol.blimp.ties=some", {}, "protocol.blimp.ties=some: choose share or wrong or first"),
+    ("text --versus=nowhere", {}, "nowhere: no checkpoint here"), ("text", {}, "text has no data; set --text")]
 
 
-@pytest.mark.parametrize("task, files, message", BAD_DATA, ids=[f"{task}: {m}" for task, _, m in BAD_DATA])
-def test_bad_data_is_named(world, task, files, message):
+@pytest.mark.parametrize("arguments, files, message", BAD_INPUT, ids=[message for *_, message in BAD_INPUT])
+def test_bad_input_is_named(world, arguments, files, message):
     world.write(files)
     with pytest.raises(SystemExit, match=message):
-        world.run(task)
+        world.run(*arguments.split())
 
-
-@pytest.mark.parametrize("line, message", [
-    ("--dtype=float16", "dtype=float16: choose float32 or bfloat16"), ("--out=x/y.json", "in an existing folder"),
-    ("--out=y.md", "give the name of a .json file"), ("--versus=no.json", "versus=no.json: no such file"),
-    ("--versus=nowhere", "nowhere: no checkpoint here"), ("--before=nowhere", "nowhere: no checkpoint here"),
-    ("--text_span=[5]", "text_span=.*: give the fewest and the most"), ("--device=mps", "choose auto or cpu"),
-    ("--protocol.blimp.ties=some", "protocol.blimp.ties=some: choose share or wrong or first"),
-    ("--tasks=['swuggy']", "no task swuggy; choose among blimp"), ("--tasks=['mmlu']", "mmlu has no data; set --mmlu"),
-    ("--librispeech=['nowhere']", "nowhere: no such file or folder; librispeech needs it")])
-def test_settings_are_checked_before_anything_is_scored(tmp_path, monkeypatch, line, message):
-    save_pretrained(tiny_model(), tmp_path)
-    monkeypatch.setattr(evaluate, "from_pretrained", None)
-    with pytest.raises(SystemExit, match=message):
-        evaluate.main([f"--checkpoint={tmp_path}", "--device=cpu", line])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# held-out data
 
 def test_nll_per_unit_and_per_token(world, demo_folder):
     world.known.config.max_position_embeddings = 48  # so that documents are read in windows
@@ -502,37 +346,10 @@ def test_nll_per_unit_and_per_token(world, demo_folder):
     np.testing.assert_allclose(items["nll"], expected)
     assert results["librispeech"]["nll"] == pytest.approx(sum(expected) / sum(map(len, spoken)))
     assert max(map(len, world.known.seen)) == 48
-    results, _ = world.run("text", f"--text=['{demo_folder / 'val'}']")  # a paired set, by its text
     val = datasets.open_set(demo_folder / "val")
     mean = np.mean([nll_of(int(token)) for token in val.text if token != 0])
-    assert results["text"]["nll"] == pytest.approx(mean, rel=1e-6)
+    results, _ = world.run("text", f"--text=['{demo_folder / 'val'}']")  # a paired set, by its text
     assert results["text"]["perplexity"] == pytest.approx(math.exp(mean), rel=1e-6)
-
-
-def test_topic_cloze_counts_and_layout(tmp_path):
-    """The model likes some tokens, so every answer is known: right, right, wrong, a tie."""
-    def document(text, units):
-        return [[t] for t in text], [[u] for u in units]
-    opening = document([1, 2], [1, 2])
-    right = [opening, document([30, 31], [3, 4]), document([40, 30, 41], [5, 6, 5])]
-    documents = [*right, *right, opening, document([40, 41], [6, 6]), document([30], [3]),
-                 opening, document([30], [3]), document([31, 31], [3, 4])]
-    tokenizer = SimpleNamespace(vocab_size=V, eos=0, hash="t")
-    datasets.write_set(tmp_path / "cloze", "paired", documents, tokenizer, dict(n_units=UNITS, rate=25, hash="u"))
-    liked, cloze_set = torch.tensor([30, 31, 53, 54]), datasets.open_set(tmp_path / "cloze")
-    known = Known(TINY, lambda targets: torch.where(torch.isin(targets, liked), 1.0, 3.0))
-    answers = evaluate.topic_cloze(known, cloze_set)
-    results = report.cloze_table(report.cloze_sums(answers))
-    assert list(results) == ["T", "S", "T->S", "S->T"]
-    for setting, result in results.items():
-        assert answers[setting].tolist() == [1, 1, 0, 0.5]
-        assert result["accuracy"] == pytest.approx(62.5) and result["items"] == 4
-        assert result["stderr"] == pytest.approx(100 * np.std([1, 1, 0, 0.5]) / 4 ** 0.5)
-    assert evaluate.topic_cloze(known, cloze_set, items=[3, 1])["S->T"].tolist() == [0.5, 1]
-    assert len(evaluate.topic_cloze(known, cloze_set, items=[])["T"]) == 0
-    assert evaluate.topic_cloze(known, cloze_set, stop=["SIGTERM"]) == {}
-    assert {(0, 1, 2, 30), (60, 51, 52, 53)} <= known.seen  # no switch token inside one modality
-    assert {(0, 1, 2, 61), (60, 51, 52, 61)} <= known.seen
 
 
 @pytest.mark.parametrize("kind", ["text", "speech", "interleaved"])
@@ -549,31 +366,20 @@ def test_heldout_nll_is_that_of_plain_rows(demo_folder, kind):
         for target, logp in zip(targets, by_hand(model, row), strict=True):
             expected += [-logp, 0, 1, 0] if target < model.config.vocab_size else [0, -logp, 0, 1]
     np.testing.assert_allclose(sum(parts), expected, rtol=1e-5)
-    assert expected[3 if kind == "speech" else 2] > 0 and (expected[2:] > 0).all() == (kind == "interleaved")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# statistics
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_mcnemar(answers):
-    a, b = np.array(answers, float).T
-    only, other = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+def test_mcnemar_and_bootstrap_agree_with_their_formulas():
+    rng = np.random.default_rng(0)
+    a, b = (rng.random((2, 40)) < [[0.7], [0.4]]).astype(float)
+    only, other = int((a > b).sum()), int((a < b).sum())
     found = report.compare(a, b)
     p = min(1.0, 2 * binom.cdf(min(only, other), only + other, 0.5))
-    assert found["test"] == "McNemar" and found["p"] == pytest.approx(p)
-    assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
-
-
-def test_bootstrap_agrees_with_the_normal_test():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(0.02, 1, 2000), rng.normal(0, 1, 2000)
+    assert found["test"] == "McNemar" and found["p"] == pytest.approx(p) and p < 1
+    a, b = rng.normal(0.06, 1, 2000), rng.normal(0, 1, 2000)
     found, difference = report.compare(a, b, resamples=5000), a - b
     z = difference.mean() / (difference.std() / len(a) ** 0.5)
     assert found["test"] == "bootstrap" and found["p"] == pytest.approx(2 * norm.sf(abs(z)), abs=0.03)
     assert report.compare(a, a)["p"] == 1
-    assert report.compare(a + 0.5, a)["p"] < 0.001
 
 
 def test_versus(world, monkeypatch):
@@ -585,69 +391,41 @@ def test_versus(world, monkeypatch):
     shutil.copytree(world.folder, world.tmp / "other")
     results, _ = world.run("blimp", f"--versus={world.tmp / 'other'}")
     theirs = np.load(world.tmp / "e.versus.items/blimp.right.npy")
-    found = results["versus"]["scores"]["blimp"]
-    assert found["difference"] == pytest.approx(100 * (ours - theirs).mean()) and 0 < found["p"] <= 1
-    again, _ = world.run("blimp", f"--versus={world.tmp / 'e.versus.json'}")
-    assert again["versus"]["scores"] == results["versus"]["scores"]
-    for options, message in ((["--protocol.blimp.score=mean"], "blimp has other protocol"),
-                             ([f"--versus={world.tmp / 'blimp/results.json'}"], "no results of evaluate.py")):
-        world.write({"blimp/results.json": "{}"})
-        with pytest.raises(SystemExit, match=message):
-            world.run("blimp", f"--versus={world.tmp / 'e.versus.json'}", *options)
+    assert results["versus"]["scores"]["blimp"]["difference"] != 0
+    assert results["versus"]["scores"]["blimp"]["difference"] == pytest.approx(100 * (ours - theirs).mean())
+    with pytest.raises(SystemExit, match="blimp has other protocol"):
+        world.run("blimp", f"--versus={world.tmp / 'e.versus.json'}", "--protocol.blimp.score=mean")
 
-
-def test_table_7_is_the_papers():
-    header, *rows = (line.split(";") for line in report.TABLE_7.read_text(encoding="utf-8").splitlines())
-    assert len(header) == 14 and {len(row) for row in rows} == {14} and len(rows) == 23
-    ours = next(row for row in rows if row[:3] == ["SmolTolk-150M", "150M", "16B"])
-    assert ours[3:] == "79.4 58.0 88.4 82.0 75.2 81.0 64.1 55.0 58.8 58.4".split() + ["30.0 / 30.2"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# with sound and with two processes
 
 def test_units_are_kept_by_content_not_by_place(tmp_path, monkeypatch):
-    heard = []  # whether autocast was on: units are made in fp32
+    def encode(waves):
+        assert not torch.is_autocast_enabled("cpu")  # units are made in fp32
+        return [(np.full(wave, wave, np.uint16), None) for wave in waves]
 
-    class Units:
-        hash = "h"
+    vocabulary = SimpleNamespace(hash="h", encode=encode)
+    monkeypatch.setattr("speech.units.load_units", lambda *_: vocabulary)
+    monkeypatch.setattr("speech.audio.read_audio", lambda path: int(path.read_text()))
 
-        def encode(self, waves):
-            heard.append(torch.is_autocast_enabled("cpu"))
-            return [(np.full(wave, wave, np.uint16), None) for wave in waves]
-
-    monkeypatch.setattr("speech.units.load_units", lambda *_: Units())
-    monkeypatch.setattr("speech.audio.read_audio", lambda path: int(Path(path).read_text()))
-
-    def units_in(*files, made_with=(None, "h")):
+    def units_in(*names):
         options = SimpleNamespace(cache=str(tmp_path / "cache"), units="u")
-        evaluator = SimpleNamespace(settings=options, used=[], made_with=made_with, model=MODELS["smoltolk"],
-                                    world=ALONE)
+        evaluator = SimpleNamespace(settings=options, used=[], made_with=(None, "h"), world=ALONE,
+                                    model=SimpleNamespace(config=TINY))
         with torch.autocast("cpu", torch.bfloat16):
-            return hear.hear_files(evaluator, list(files))
+            return hear.hear_files(evaluator, [tmp_path / name for name in names])
 
-    for name, n in (("x/1", 3), ("y/0", 2), ("flat/1", 3), ("flat/0", 2), ("flat/empty", 0)):
+    for name, n in (("x/1", 3), ("y/0", 2), ("flat/1", 3), ("flat/0", 2)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.wav").write_text(str(n))
-    flat = [tmp_path / "flat/0.wav", tmp_path / "flat/1.wav"]
-    assert units_in(tmp_path / "x/1.wav", tmp_path / "y/0.wav") == [[V + 3] * 3, [V + 2] * 2]
-    with pytest.raises(ValueError, match="u: units h, the model has g"):
-        units_in(*flat, made_with=(None, "g"))
-    with pytest.raises(ValueError, match="empty.wav: too short for a single unit"):
-        units_in(tmp_path / "flat/empty.wav")
-    assert heard == [False, False]
-    monkeypatch.setattr(Units, "encode", None)  # from here on, only what was kept can be used
-    assert units_in(*flat) == [[V + 2] * 2, [V + 3] * 3]
-    for kept in (tmp_path / "cache").glob("*.npy"):
-        np.save(kept, np.array([1, 2, 3, UNITS, 4], np.uint16))  # the units of one file are missing
-    with pytest.raises(ValueError, match="not the units of these files; remove it, they will be made again"):
-        units_in(*flat)
+        (tmp_path / name).write_text(str(n))
+    assert units_in("x/1", "y/0") == [[V + 3] * 3, [V + 2] * 2]
+    monkeypatch.setattr(vocabulary, "encode", None)  # from here on, only what was kept can be used
+    assert units_in("flat/0", "flat/1") == [[V + 2] * 2, [V + 3] * 3]
 
 
 def test_spoken_pairs_under_hiss(tmp_path):
     """Only the speakers that are named are used. Both sentences of a pair are as loud against their hiss."""
     soundfile = pytest.importorskip("soundfile")
     from corpora import demo
+    from speech.espeak import espeak
     from studies.small import spoken_blimp
 
     for name, lines in blimp_files(PAIRS * 3).items():
@@ -667,42 +445,29 @@ def test_spoken_pairs_under_hiss(tmp_path):
 
 
 def test_two_processes_score_as_one(world, demo_folder, monkeypatch):
-    """All kinds of tasks on real sound, also with torchrun: the same scores, and the same units in the cache."""
-    soundfile = pytest.importorskip("soundfile")
+    """On real sound, with torchrun: the same scores, and the same units in the cache."""
+    pytest.importorskip("soundfile")
     monkeypatch.undo()
-    shutil.rmtree(world.folder)
     model = tiny_model(vocab_size=world.tokenizer.vocab_size, n_units=30, max_position_embeddings=2048)
     save_pretrained(model, world.folder)
-    for file in ("tokenizer.json", "units/units.json"):
-        shutil.copy(demo_folder / file, world.folder)
-    world.write(blimp_files(PAIRS * 3) | {"mmlu.csv": as_csv(MMLU, QUESTIONS * 3)} | sblimp_files(SPOKEN))
+    world.write(blimp_files(PAIRS * 3) | sblimp_files(SPOKEN))
     for i, wav in enumerate(sorted((world.tmp / "sblimp/syntactic/dev").glob("*.wav"))):
         shutil.copy(demo_folder / f"wavs/{i % 4}.wav", wav)
-    arguments = [f"--checkpoint={world.folder}", f"--blimp={world.tmp / 'blimp'}", "--device=cpu",
-                 f"--mmlu={world.tmp / 'mmlu.csv'}", f"--sblimp={world.tmp / 'sblimp'}", "--batch_tokens=200",
-                 f"--units={demo_folder / 'units'}", f"--cloze={demo_folder / 'cloze'}", "--sequence_length=32",
-                 f"--val_text=['{demo_folder / 'val'}']", "--val_speech=[]", "--val_interleaved=[]",
-                 "--val_sequences=9"]
-    evaluate.main([*arguments, f"--out={world.tmp / 'one.json'}", f"--cache={world.tmp / 'cache1'}"])
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-               str(ROOT / "evaluate.py"), *arguments, f"--out={world.tmp / 'two.json'}",
+    arguments = [f"--checkpoint={world.folder}", f"--blimp={world.tmp / 'blimp'}", f"--sblimp={world.tmp / 'sblimp'}",
+                 f"--cloze={demo_folder / 'cloze'}", f"--units={demo_folder / 'units'}", "--device=cpu",
+                 "--batch_tokens=200"]
+    evaluate.main([*arguments, f"--out={world.tmp / '1.json'}", f"--cache={world.tmp / 'cache1'}"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "evaluate.py"), *arguments, f"--out={world.tmp / '2.json'}",
                f"--cache={world.tmp / 'cache2'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (json.loads((world.tmp / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert set(one["made"]) == {"blimp", "mmlu", "sblimp", "topic_cloze", "nll"} and two["processes"] == 2
+    one, two = (json.loads((world.tmp / f"{n}.json").read_text()) for n in (1, 2))
+    assert set(one["made"]) == {"blimp", "sblimp", "topic_cloze"} and two["processes"] == 2
     for task, made in one["made"].items():
         assert made["files"] == two["made"][task]["files"]
         for name in made["items"]:
-            a, b = (np.load(report.item_path(world.tmp / f"{x}.json", task, name)) for x in ("one", "two"))
+            a, b = (np.load(report.item_path(world.tmp / f"{n}.json", task, name)) for n in (1, 2))
             np.testing.assert_allclose(b, a, rtol=1e-6, err_msg=f"{task} {name}")
-    assert one["nll"]["text"]["text"] == pytest.approx(two["nll"]["text"]["text"], rel=1e-6)
     [kept1], [kept2] = ([*(world.tmp / cache).iterdir()] for cache in ("cache1", "cache2"))
     assert kept1.name == kept2.name and kept1.read_bytes() == kept2.read_bytes()
-    soundfile.write(next((world.tmp / "sblimp/syntactic/dev").glob("*.wav")), np.zeros(100), 16000)
-    with pytest.raises(SystemExit, match="wav: too short for a single unit"):  # not what was kept of another sound
-        evaluate.main([*arguments, "--tasks=['sblimp']", f"--cache={world.tmp / 'cache1'}"])

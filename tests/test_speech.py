@@ -1,9 +1,7 @@
-"""speech/: wav files, espeak, word units, mel units and their sound, the command. corpora/demo.py: the demo corpus."""
-import io
+"""espeak, word units, mel units and their sound, the command of speech/, and the demo corpus."""
 import itertools
 import json
 import re
-import time
 
 import numpy as np
 import pytest
@@ -14,23 +12,11 @@ from scipy.fft import dct
 from corpora import demo
 from runtime import datasets
 from runtime.tokenizer import Tokenizer
+from speech import mel
 from speech.__main__ import main
-from speech.audio import SAMPLE_RATE, read_audio
-from speech.espeak import espeak, espeak_phones
-from speech.mel import (
-    N_CEPSTRUM,
-    N_MEL,
-    fit_mel_units,
-    frame_units,
-    griffin_lim,
-    load_mel_units,
-    log_mel,
-    mel_frames,
-    mel_matrix,
-    mel_to_magnitude,
-    save_mel_units,
-    voice,
-)
+from speech.audio import SAMPLE_RATE
+from speech.espeak import espeak
+from speech.mel import fit_mel_units, load_mel_units, log_mel, mel_frames, save_mel_units, voice
 from speech.units import HOP, cheapest_path, collapse, load_units, read_ids, resynthesise, word_units
 
 TEXT = "Once there was a little dog. It was of the king, and ran into the barn."
@@ -48,20 +34,6 @@ def spoken():
     return waveforms, fit_mel_units(frames, 60, 0, voices=[voice(waveform) for waveform in waveforms])
 
 
-def test_a_wav_without_its_last_sample_is_refused():
-    soundfile = pytest.importorskip("soundfile")
-    file = io.BytesIO()
-    soundfile.write(file, np.zeros(1000), 16000, format="WAV")
-    raw = file.getvalue()  # the header has 44 bytes and ends with the name and the size of the data
-    odd = raw[:36] + b"LIST\3\0\0\0abc\0" + raw[36:]  # a chunk of odd size is followed by one more byte
-    piped = raw[:40] + b"\xff\xff\xff\xff" + raw[44:]
-    for whole in (raw, odd, piped):
-        assert len(read_audio(whole)) == 1000
-    for cut in (raw[:-2], odd[:-2]):
-        with pytest.raises(ValueError, match="^unreadable audio: .* breaks off"):
-            read_audio(cut)
-
-
 def test_espeak_times_every_word(spoken):
     waveform, words = espeak(TEXT)
     assert waveform.dtype == np.float32 and 0.1 < np.abs(waveform).max() <= 1
@@ -69,28 +41,9 @@ def test_espeak_times_every_word(spoken):
     assert all(start < end for start, end in words)
     assert all(a[1] <= b[0] + 1e-3 for a, b in itertools.pairwise(words))
     assert words[-1][1] <= len(waveform) / SAMPLE_RATE
+    assert espeak(TEXT)[1] == words and np.array_equal(espeak(TEXT)[0], waveform)
     start, end = words[5][1], words[6][0]  # the pause between the sentences
     assert end - start > 0.1 and np.abs(waveform[int(start * 16000) + 200:int(end * 16000) - 200]).max() < 0.02
-
-
-def test_espeak_phones_are_in_order(spoken):
-    waveform, phones = espeak_phones("A cat, a dog.")
-    names, starts = zip(*phones)
-    assert " ".join(names).replace("_ _", "_").split("_")[:2] == ["a# k a t ", " a# d 0 g "]
-    assert sorted(starts) == list(starts) and starts[-1] <= len(waveform) / SAMPLE_RATE
-
-
-def test_demo_voices_depend_on_neither_the_clock_nor_what_was_said_before(spoken):
-    first = [espeak(TEXT, *speaker) for speaker in demo.SPEAKERS]
-    time.sleep(1.1)  # some voices draw noise from a clock that counts seconds
-    for speaker, (waveform, words) in reversed(list(zip(demo.SPEAKERS, first))):
-        again, same_words = espeak(TEXT, *speaker)
-        assert np.array_equal(again, waveform) and same_words == words, speaker
-
-
-def test_espeak_refuses_unknown_voices(spoken):
-    with pytest.raises(ValueError, match="no voice 'xx-nobody'"):
-        espeak("Hello", "xx-nobody")
 
 
 @given(frames=st.lists(st.integers(0, 3), min_size=1, max_size=40), rate=st.sampled_from([25, 50]),
@@ -108,16 +61,15 @@ def test_words_own_units_as_the_rule_says(frames, rate, ends):
     assert (offsets[0], offsets[-1]) == (0, len(ids))
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.floats(0, 3), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
-def test_cheapest_path_is_the_cheapest_of_all(n, k, penalty, seed):
-    cost = np.random.default_rng(seed).random((n, k))
-
+@pytest.mark.parametrize("penalty", [0, 0.1, 0.2, 0.4, 3])
+def test_cheapest_path_is_the_cheapest_of_all(penalty):
     def total(path):
         changes = sum(a != b for a, b in itertools.pairwise(path))
         return sum(cost[t, state] for t, state in enumerate(path)) + penalty * changes
-    best = min(map(total, itertools.product(range(k), repeat=n)))
-    assert total(cheapest_path(cost, penalty)) == pytest.approx(best)
+
+    for cost in np.random.default_rng(0).random((10, 6, 3)):
+        best = min(map(total, itertools.product(range(3), repeat=6)))
+        assert total(cheapest_path(cost, penalty)) == pytest.approx(best)
 
 
 def test_mel_units_of_any_length_and_level(spoken):
@@ -141,10 +93,9 @@ def test_mel_units_are_the_same_after_another_fit_and_from_their_folder(spoken, 
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(kind="hubert"), "kind is 'hubert', not 'mel'"), (dict(kind=[]), "kind is \\[\\]"),
-    (dict(features={}), "not mel units of this version"), (dict(n_units=61), "units.json says 61"),
-    (dict(hash="0"), "does not fit the hash"), (dict(penalty=None), "must be finite numbers"),
-    (dict(voice=[10**400]), "must be finite numbers"), (dict(durations=float("inf")), "not a whole unit vocabulary")])
+    (dict(kind="hubert"), "kind is 'hubert', not 'mel'"), (dict(features={}), "not mel units of this version"),
+    (dict(n_units=61), "units.json says 61"), (dict(hash="0"), "does not fit the hash"),
+    (dict(penalty=None), "must be finite numbers")])
 def test_damaged_mel_units_are_refused(spoken, tmp_path, changes, message):
     save_mel_units(tmp_path, spoken[1])
     about = json.loads((tmp_path / "units.json").read_text())
@@ -155,27 +106,23 @@ def test_damaged_mel_units_are_refused(spoken, tmp_path, changes, message):
 
 
 def distance(a, b):
-    """
-    Mel-cepstral distance in dB: the mean over 10 ms frames of the RMS difference of two log-mel spectra.
-
-    The spectra are smoothed by keeping cepstra 1 to 12, and each loses its mean over the recording.
-    """
-    a, b = (dct(log_mel(waveform), norm="ortho")[:, 1:N_CEPSTRUM] for waveform in (a, b))
+    """Mel-cepstral distance in dB. The spectra are smoothed, and each loses its mean over the recording."""
+    a, b = (dct(log_mel(waveform), norm="ortho")[:, 1:mel.N_CEPSTRUM] for waveform in (a, b))
     difference = (a - a.mean(0)) - (b - b.mean(0))
-    return 10 / np.log(10) * np.sqrt((difference**2).sum(1) / N_MEL).mean()
+    return 10 / np.log(10) * np.sqrt((difference**2).sum(1) / mel.N_MEL).mean()
 
 
 def test_griffin_lim_gives_the_spectrum_it_was_given(spoken):
     waveform = spoken[0][0]
-    mel = np.exp(log_mel(waveform))
-    magnitude = mel_to_magnitude(mel)
+    energy = np.exp(log_mel(waveform))
+    magnitude = mel.mel_to_magnitude(energy)
     assert magnitude.min() >= 0
-    back = np.log(magnitude.astype(np.float64)**2 @ mel_matrix() + 1e-12)
-    assert np.abs(10 / np.log(10) * (back - np.log(mel))).mean() < 0.5
-    again = griffin_lim(magnitude)
+    back = np.log(magnitude.astype(np.float64)**2 @ mel.mel_matrix() + 1e-12)
+    assert np.abs(10 / np.log(10) * (back - np.log(energy))).mean() < 0.5
+    again = mel.griffin_lim(magnitude)
     assert again.dtype == np.float32 and len(again) == len(waveform) // HOP * HOP
-    assert distance(waveform, again) < min(1, distance(waveform, griffin_lim(magnitude, momentum=0)))
-    assert np.array_equal(again, griffin_lim(magnitude))
+    assert distance(waveform, again) < min(1, distance(waveform, mel.griffin_lim(magnitude, momentum=0)))
+    assert np.array_equal(again, mel.griffin_lim(magnitude))
     assert 0.8 < np.sqrt((again**2).mean() / (waveform**2).mean()) < 1.25
 
 
@@ -203,32 +150,18 @@ def test_units_last_as_long_as_their_mean_run(spoken):
     waveforms, codebook = spoken
     runs = {}
     for waveform in waveforms:
-        for unit, run in itertools.groupby(frame_units(mel_frames(waveform), codebook).tolist()):
+        for unit, run in itertools.groupby(mel.frame_units(mel_frames(waveform), codebook).tolist()):
             runs.setdefault(unit, []).append(len(list(run)))
     assert len(codebook.durations) == 60 and len(runs) > 40
     for unit, duration in enumerate(codebook.durations):
         assert duration == pytest.approx(np.mean(runs.get(unit, [1])), abs=1e-3)
-    for ids, _ in codebook.encode(waveforms[::3]):
-        assert len(resynthesise(ids.tolist(), codebook)) == HOP * round(sum(codebook.durations[i] for i in ids))
+    [(ids, _)] = codebook.encode(waveforms[:1])
+    assert len(resynthesise(ids.tolist(), codebook)) == HOP * round(sum(codebook.durations[i] for i in ids))
+    with pytest.raises(ValueError, match="integers from 0 to 59"):
+        resynthesise([60], codebook)
 
 
-def test_resynthesis_refuses_what_it_cannot_say(spoken, tmp_path):
-    codebook = spoken[1]
-    assert len(resynthesise([], codebook)) == 0
-    for ids in ([60], [-1], [1.5], [[1, 2]], ["a"]):
-        with pytest.raises(ValueError, match="integers from 0 to 59"):
-            resynthesise(ids, codebook)
-    save_mel_units(tmp_path, codebook)
-    about = json.loads((tmp_path / "units.json").read_text())
-    del about["durations"], about["voice"]  # folders from before units could be spoken lack these
-    (tmp_path / "units.json").write_text(json.dumps(about))
-    old = load_units(tmp_path)
-    assert old.hash == codebook.hash and (old.n_units, old.rate) == (60, 25)
-    with pytest.raises(ValueError, match="no durations and no voice"):
-        resynthesise([1, 2], old)
-
-
-def test_the_command_gives_units_and_speaks_and_draws_them(spoken, tmp_path, capsys):
+def test_the_command_gives_units_and_speaks_them(spoken, tmp_path, capsys):
     soundfile = pytest.importorskip("soundfile")
     waveforms, codebook = spoken
     units = f"--units={tmp_path / 'units'}"
@@ -242,22 +175,12 @@ def test_the_command_gives_units_and_speaks_and_draws_them(spoken, tmp_path, cap
     main(["say", str(tmp_path / "x.json"), units, f"--out={tmp_path / 'y.wav'}"])
     waveform, rate = soundfile.read(tmp_path / "y.wav", dtype="float32")
     assert rate == 16000 and np.abs(waveform - resynthesise(ids, codebook)).max() < 1e-3
-
     (tmp_path / "x.WRD").write_text("0 1600 the\n1600 8000 little\n")
     main(["draw", str(tmp_path / "x.wav"), units, f"--times={tmp_path / 'x.WRD'}", f"--out={tmp_path / 'x.png'}"])
     assert "x.png: 2 words" in capsys.readouterr().out and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["play", "x.wav"], "give units, say or draw, then a file"),
-    (["units"], "give units, say or draw, then a file"), (["say", "none.json"], "none.json: cannot be read"),
-    (["units", "x.wav", "--units=none"], "none: not a whole unit vocabulary")])
-def test_mistakes_in_the_command_are_one_line(argv, message):
-    with pytest.raises(SystemExit, match=f"^[^\n]*{message}[^\n]*$"):
-        main(argv)
-
-
-# The demo corpus
+# the demo corpus
 
 def content(text):
     return set(re.findall(r"[a-z]+", text.lower())) - demo.FUNCTION_WORDS
@@ -303,21 +226,3 @@ def test_demo_sets_fit_together(demo_folder):
     for opening, ending, other in zip(*[iter(texts["cloze"])] * 3):
         assert opening + ending in texts["test"] and any(t.endswith(other) for t in texts["test"])
         assert opening.count(".") == 3 and ending.count(".") == 1 and ending != other
-
-
-def test_demo_does_not_depend_on_the_workers(spoken, tmp_path):
-    for workers in (1, 2):
-        demo.make(str(tmp_path / f"{workers}"), text=60, train=12, val=4, test=8, n_units=20, workers=workers)
-    for path in (tmp_path / "1").rglob("*.*"):
-        if path.suffix in (".npy", ".wav") or path.name in ("tokenizer.json", "units.json"):
-            assert (tmp_path / "2" / path.relative_to(tmp_path / "1")).read_bytes() == path.read_bytes(), path
-
-
-def test_a_demo_is_reused_or_refused(demo_folder, tmp_path):
-    same = dict(text=120, train=40, val=12, test=24, n_units=30)
-    assert demo.make(str(demo_folder), **same)["counts"]["paired"]["stories"] == 40
-    with pytest.raises(SystemExit, match="was made with another n_units"):
-        demo.make(str(demo_folder), **same | dict(n_units=31))
-    (tmp_path / "other").mkdir()
-    with pytest.raises(SystemExit, match="is not a finished demo"):
-        demo.make(str(tmp_path / "other"))

@@ -1,10 +1,7 @@
 """train.py on one process: its settings, its stages, exact resuming, and what a run leaves."""
-import importlib
 import json
 import math
-import re
 import shutil
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +17,7 @@ from configurator import configure
 from data import Batch
 from model import Config, SmolTolk, from_pretrained, make_layout, selector_entropy
 from runtime.datasets import open_set
-from runtime.distributed import ALONE, World, distribute
+from runtime.distributed import ALONE, World
 from runtime.log import flat, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,23 +77,16 @@ def test_what_a_run_leaves(run):
     assert [x["stage"] for x in steps] == ["text"] * 4 + ["stage1"] * 6 + ["stage2"] * 7
     assert steps[-1]["text_nll"] < steps[0]["text_nll"]
     assert all(0 < x["entropy"] <= math.log(2) + 1e-6 for x in steps[4:])
-    assert {x["step"] for x in lines if "nll" in x} == {4, 5, 10, 15, 17}
-    results = json.loads((run / "results.json").read_text())
-    assert list(results["topic_cloze"]) == ["T", "S", "T->S", "S->T"]
-    assert all(set(x) == {"accuracy", "stderr", "items"} and x["items"] > 10 for x in results["topic_cloze"].values())
-    assert set(results["nll"]["interleaved"]) == {"text", "speech"} and set(results["nll"]["text"]) == {"text"}
     assert (run / "loss.png").stat().st_size > 10_000
     assert json.loads((run / "settings.json").read_text())["stages"]["stage2"]["decay"] == 0.5
 
 
 def test_starting_from_a_text_model(run, demo_folder, tmp_path):
     """init_from: shape and weights of the backbone are the folder's, rope_theta and the switches are the settings'."""
-    source = run / "checkpoint-00000004"
-    folder = tmp_path / "llama"
-    shutil.copytree(source, folder)
-    for name in ("speech.safetensors", "optimizer.safetensors", "train.json"):
-        (folder / name).unlink()
-    config = json.loads((folder / "config.json").read_text())
+    source, folder = run / "checkpoint-00000004", tmp_path / "llama"
+    folder.mkdir()
+    shutil.copy(source / "model.safetensors", folder)
+    config = json.loads((source / "config.json").read_text())
     del config["smoltolk"]  # now a plain Llama, as SmolLM is
     (folder / "config.json").write_text(json.dumps(config | dict(rope_theta=10_000.0, eos_token_id=2)))
     stages = dict(stage1=dict(steps=1, mixture=dict(interleaved=1), train="new", speech_learning_rate=1e-3))
@@ -107,23 +97,17 @@ def test_starting_from_a_text_model(run, demo_folder, tmp_path):
     assert model.config.eos_token_id == 0  # the tokenizer's <|endoftext|>, whatever config.json says
     for name, value in load_file(source / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], value)
-    with pytest.raises(SystemExit, match="llama: max_position_embeddings 2048; set --sequence_length=2048 or less"):
-        train.build_model(SimpleNamespace(seed=1, init_from=folder, sequence_length=4096, n_units=30,
-                                          vocab_size=model.config.vocab_size), SimpleNamespace(eos=0))
 
 
 def test_schedule():
-    stage = dict(steps=1000, warmup=100, decay=0.2)
-    rates = [train.schedule(step, stage) for step in range(1000)]
+    rates = [train.schedule(step, dict(steps=1000, warmup=100, decay=0.2)) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and rates[99] == 1 and rates[49] == pytest.approx(0.5)
     assert set(rates[99:801]) == {1.0} and rates[900] == pytest.approx(0.5) and rates[999] == pytest.approx(0.005)
-    assert {train.schedule(step, dict(steps=9, warmup=0, decay=0.0)) for step in range(9)} == {1.0}
 
 
 def test_weight_decay_on_matrices_only():
     model = SmolTolk(TINY)
-    settings = SimpleNamespace(weight_decay=0.1, beta1=0.9, beta2=0.95)
-    optimizer = train.make_optimizer(model, settings)
+    optimizer = train.make_optimizer(model, SimpleNamespace(weight_decay=0.1, beta1=0.9, beta2=0.95))
     names = {p: n for n, p in model.named_parameters()}
     decayed = {names[p] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(names)
@@ -134,32 +118,16 @@ def test_weight_decay_on_matrices_only():
 
 @pytest.mark.parametrize("more, message", [
     (dict(batch_tokens=64 * 12 + 1), "batch_tokens=769 is not a whole number of sequences of 64"),
-    (dict(stages={}), "stages: empty"),
-    (dict(stages=dict(s=5)), "stages.s=5: a stage is a dict"),
-    (dict(stages=dict(s=dict(steps=1.5))), "stages.s.steps is 1.5"),
     (dict(stages=dict(s=dict(steps=1, mixture=dict(text=1), warmpu=1))), "stages.s.warmpu.*did you mean warmup"),
     (dict(stages=dict(s=dict(steps=1, mixture=dict(video=1)))), "stages.s.mixture: video=1"),
     (dict(stages=dict(s=dict(steps=0, mixture=dict(text=1)))), "stages.s: give steps of 1 or more"),
-    (dict(stages=dict(s=dict(steps=1, mixture=dict(text=1), speech_learning_rate=-1))), "learning rates of 0 or more"),
-    (dict(eval_interval=0), "eval_interval=0: give 1 or more"),
-    (dict(grad_clip=0), "grad_clip=0.0: give 1e-09 or more"),
-    (dict(beta1=1), "beta1=1.0: give 0 or more, and less than 1"),
-    (dict(seed=1 << 64), "seed=18446744073709551616: give 0 or more, and less than"),
     (dict(beta="1e999"), "beta=inf: give 0 or more, and less than inf"),
-    (dict(text_span=[30, 10]), r"text_span=\[30, 10\]: give the"),
-    (dict(dtype="float8"), "dtype=float8"),
-    (dict(device="cdua"), "device=cdua: choose auto"),
     (dict(layer_pooling="mean"), "layer_pooling='mean'"),
-    (dict(input_adapter_layers=-1), "input_adapter_layers=-1: give a whole number from 0"),
     (dict(resume=True), "no checkpoint to go on from"),
+    (dict(tokenizer=""), "name a config, for example: python train.py config/train_tiny.py"),
     (dict(text=[]), "^text: no data set named"),
     (dict(cloze="nowhere"), "nowhere: no data set here"),
-    (dict(sequence_length=2048, batch_tokens=2048), "tokens, fewer than a sequence of 2049"),
-    (dict(n_units=29), "n_units=29: .*units.json has 30"),
     (dict(units="", n_units=29), ": 30 units, the model has 29; set --units"),
-    (dict(units="nowhere"), "nowhere/units.json: cannot be read"),
-    (dict(tokenizer="nowhere.json"), "nowhere.json: cannot be read"),
-    (dict(init_from="nowhere"), "nowhere/config.json: cannot be read"),
     (dict(vocab_size=100), "vocab_size=100 cannot hold")])
 def test_bad_settings_end_in_one_line(demo_folder, tmp_path, more, message):
     with pytest.raises(SystemExit, match=message) as stop:
@@ -167,24 +135,13 @@ def test_bad_settings_end_in_one_line(demo_folder, tmp_path, more, message):
     assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv", [[], ["--seed=2"]])
-def test_without_a_config_it_asks_for_one(argv):
-    with pytest.raises(SystemExit, match="name a config, for example: python train.py config/train_tiny.py"):
-        train.main(argv)
-
-
-def test_a_cloze_set_that_cannot_be_scored_is_refused_first(demo_folder, tmp_path):
+def test_a_cloze_set_that_cannot_be_scored_is_refused_first(demo_folder):
     good = open_set(demo_folder / "cloze")
     train.check_cloze(good, 2048)
-    longest = max(len(x) for i in range(0, good.meta["documents"], 3) for j in (1, 2)
-                  for x in (np.append(good.document(i)[1][:-1], good.document(i + j)[1]),))
-    train.check_cloze(good, longest + 1)
-    with pytest.raises(SystemExit, match=f"empty, or longer with its ending than the {longest - 1} positions"):
-        train.check_cloze(good, longest - 1)
-    for wrong in ("text", "paired"):
-        with pytest.raises(SystemExit, match="paired set with its documents in threes"):
-            one_more = good._replace(meta=good.meta | dict(documents=good.meta["documents"] + 1))
-            train.check_cloze(one_more if wrong == "paired" else open_set(demo_folder / wrong), 2048)
+    with pytest.raises(SystemExit, match="empty, or longer with its ending than the 9 positions"):
+        train.check_cloze(good, 9)
+    with pytest.raises(SystemExit, match="paired set with its documents in threes"):
+        train.check_cloze(open_set(demo_folder / "text"), 2048)
 
 
 def micro_batches(*sizes):
@@ -198,45 +155,21 @@ def micro_batches(*sizes):
 
 
 def test_micro_batches_of_any_size_give_the_same_gradients():
-    """... and the same losses: they are those of one batch, whose loss is one mean over all targets."""
-    results = []
+    """And the same losses: they are those of one batch, whose loss is one mean over all targets."""
+    torch.manual_seed(0)
+    model, [batch], results = SmolTolk(TINY), micro_batches(12), []
+    torch.nn.init.normal_(model.layer_selector.weight)  # at its start the entropy has no gradient
     for sizes in ((12,), (7, 4, 1)):
-        torch.manual_seed(0)
-        model, batches = SmolTolk(TINY), micro_batches(*sizes)
-        sums, n_targets = train.add_gradients(model, batches, 0.1, nullcontext(), ALONE)
-        results.append([sums, *(p.grad for p in model.parameters())])
-        assert n_targets == train.count_targets(batches)
-    [batch] = micro_batches(12)
-    out = model(batch.ids, batch.targets, batch.layout)
+        model.zero_grad()
+        sums, _ = train.add_gradients(model, micro_batches(*sizes), 0.1, nullcontext(), ALONE)
+        results.append([sums, *(p.grad.clone() for p in model.parameters())])
     model.zero_grad()
+    out = model(batch.ids, batch.targets, batch.layout)
     entropy = selector_entropy(out.log_omega, batch.layout.speech)
-    (torch.cat([out.text_nll, out.speech_nll]).mean() - 0.1 * entropy / n_targets[1]).backward()
-    results.append([torch.stack([out.text_nll.sum(), out.speech_nll.sum(), entropy]).detach(),
-                    *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(results[0], results[1])
-    torch.testing.assert_close(results[0], results[2])
-
-
-def test_gradients_are_the_buckets_that_are_sent(tmp_path):
-    """With DistributedDataParallel, no gradient has memory of its own; and no warning is given."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, is_view = SmolTolk(TINY), []
-        train.set_trainable(model, "new")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            net = distribute(model, ALONE)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        for p in trainable:
-            p.register_post_accumulate_grad_hook(
-                lambda p: is_view.append(p.grad.untyped_storage().nbytes() > p.grad.nbytes))
-        for _ in range(3):
-            train.add_gradients(net, micro_batches(4, 4), 0.1, nullcontext(), ALONE)
-            model.zero_grad(set_to_none=False)
-        assert all(is_view) and len(is_view) == 6 * len(trainable)
-        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    finally:
-        torch.distributed.destroy_process_group()
+    (torch.cat([out.text_nll, out.speech_nll]).mean() - 0.1 * entropy / len(batch.layout.speech)).backward()
+    sums = torch.stack([out.text_nll.sum(), out.speech_nll.sum(), entropy]).detach()
+    for result in results:
+        torch.testing.assert_close(result, [sums, *(p.grad for p in model.parameters())])
 
 
 @pytest.mark.parametrize("config", sorted(ROOT.rglob("config/*_*.py")), ids=lambda p: p.stem)
@@ -264,11 +197,3 @@ def test_evaluate_gives_the_table_of_the_run(run, demo_folder, tmp_path):
     ours, theirs = json.loads((tmp_path / "e.json").read_text()), json.loads((run / "results.json").read_text())
     assert flat(ours["nll"]) == pytest.approx(flat(theirs["nll"]), rel=1e-4)
     assert flat(ours["topic_cloze"]) == pytest.approx(flat(theirs["topic_cloze"]))
-
-
-@pytest.mark.parametrize("script", ["train", "evaluate", "sample", "analyze"])
-def test_settings_are_what_the_script_assigns(script):
-    """A constant that the script imports must not become a setting."""
-    module = importlib.import_module(script)
-    assigned = re.findall(r"^(\w+) = ", Path(module.__file__).read_text(), re.MULTILINE)
-    assert set(module.DEFAULTS) <= set(assigned)

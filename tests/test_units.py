@@ -1,20 +1,15 @@
 """HuBERT units against transformers, and the vocoder that speaks them against HiFi-GAN as published."""
 import json
 import os
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import weight_norm
 
-from speech.hubert import hubert_features
 from speech.units import collapse, load_units, n_frames, overlapping_windows, resynthesise
 from speech.vocoder import Vocoder, load_vocoder
 from tools import convert
@@ -24,8 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 AT_25 = dict(conv_kernel=[10, 3, 3, 3, 3, 2, 2, 2], conv_stride=[5, 2, 2, 2, 2, 2, 2, 2], conv_pos_batch_norm=True)
 AT_50 = dict(conv_kernel=[10, 3, 3, 3, 3, 2, 2], conv_stride=[5, 2, 2, 2, 2, 2, 2], conv_pos_batch_norm=False)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 # HuBERT units
 
 def noise(samples, seed=0):
@@ -65,16 +58,6 @@ def vocabulary_folder(tmp_path, layer=3, k=20, **changes):
     return model, convert.units(tmp_path / "units", tmp_path / "km.npy", tmp_path / "hubert", layer)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return vocabulary_folder(tmp_path_factory.mktemp("vocabulary"))[1]
-
-
-@pytest.fixture(scope="module")
-def vocabulary(folder):
-    return load_units(folder)
-
-
 def assert_equal_units(ours, wanted):
     for our, want in zip(ours, wanted, strict=True):
         assert our.dtype == want.dtype and our.tolist() == want.tolist()
@@ -93,50 +76,22 @@ def test_hubert_units_are_those_of_transformers(tmp_path, layer, hop, changes):
     assert len(set(frames.tolist())) >= 5
     assert_equal_units(vocabulary.encode([waveform])[0], collapse(frames))
     assert len(vocabulary.model.encoder.layers) == layer  # the layers above are not run
-    assert (vocabulary.n_units, vocabulary.rate, vocabulary.hop, vocabulary.receptive_field) == (
-        20, 16000 // hop, hop, hop + 80)
 
 
-@pytest.mark.parametrize("n", [0, 639, 640, 720, 1279, 1280, 1359, 1360, 20_000])
-def test_a_waveform_has_a_frame_for_each_whole_hop(vocabulary, n):
-    [(ids, frame_start)] = vocabulary.encode([noise(n)])
-    assert n_frames(n, vocabulary) == n // 640
-    assert len(ids) == len(frame_start) <= n // 640 and (len(ids) > 0) == (n >= 640)
-    if n >= 640:
-        assert hubert_features(np.pad(noise(n), 40)[None], vocabulary).shape[1] == n // 640
-
-
-@pytest.mark.parametrize("changes", [{}, AT_50])
-def test_a_batch_gives_the_units_of_one_at_a_time(tmp_path, changes):
-    vocabulary = load_units(vocabulary_folder(tmp_path, **changes)[1])
-    waveforms = [noise(n, i) for i, n in enumerate((20_000, 33_000, 20_000, 500, 20_001, 33_000, 20_639, 0, 20_000))]
+def test_a_batch_gives_the_units_of_one_at_a_time(tmp_path):
+    vocabulary = load_units(vocabulary_folder(tmp_path)[1])
+    waveforms = [noise(n, i) for i, n in enumerate((20_000, 33_000, 500, 639, 640, 20_001, 33_000, 20_639, 0, 20_000))]
     for waveform, together in zip(waveforms, vocabulary.encode(waveforms), strict=True):
         assert_equal_units(together, vocabulary.encode([waveform])[0])
-    assert vocabulary.encode([]) == []
+        assert (len(together[0]) > 0) == (len(waveform) >= vocabulary.hop)  # one frame for each whole hop
 
 
 def test_waveforms_are_normalised_only_if_the_vocabulary_says_so(tmp_path):
-    _, folder = vocabulary_folder(tmp_path, feat_extract_norm="layer")
-    plain, waveform = load_units(folder), noise(30_000)
+    plain, waveform = load_units(vocabulary_folder(tmp_path, feat_extract_norm="layer")[1]), noise(30_000)
     normalised = (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
     wanted = plain.encode([normalised])[0]
     assert_equal_units(plain._replace(normalize=True).encode([waveform])[0], wanted)
     assert plain.encode([waveform])[0][0].tolist() != wanted[0].tolist()
-    about = json.loads((folder / "units.json").read_text())
-    (folder / "units.json").write_text(json.dumps(about | dict(normalize=True)))
-    assert load_units(folder).normalize and not plain.normalize
-
-
-@given(st.integers(1, 400), st.integers(1, 60), st.integers(0, 25))
-@settings(max_examples=200, deadline=None)
-def test_windows_tile_the_recording(n_frames, window, margin):
-    window = max(window, 2 * margin + 1)
-    kept = []
-    for start, end, first, last in overlapping_windows(n_frames, window, margin):
-        kept += range(first, last)
-        assert 0 <= start <= first < last <= end <= n_frames and end - start == min(window, n_frames)
-        assert (first - start >= margin or start == 0) and (end - last >= margin or end == n_frames)
-    assert kept == list(range(n_frames))
 
 
 def test_windows_do_not_change_units_of_a_model_that_sees_no_further_than_the_margin(tmp_path):
@@ -146,33 +101,24 @@ def test_windows_do_not_change_units_of_a_model_that_sees_no_further_than_the_ma
         for parameter in layer.attention.out_proj.parameters():
             parameter.zero_()
     waveform = noise(640 * 437 + 600)
-    assert len(overlapping_windows(437, 180, 65)) == 7
+    assert [kept for *_, kept, _ in overlapping_windows(437, 180, 65)] == [0, 115, 165, 215, 265, 315, 322]
     [whole] = vocabulary.encode([waveform])
-    assert len(whole[0]) > 100
     assert_equal_units(vocabulary._replace(window=180, margin=65).encode([waveform])[0], whole)
     [without_margin] = vocabulary._replace(window=180, margin=0).encode([waveform])
     assert without_margin[0].tolist() != whole[0].tolist()
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(kind="codec"), "kind is 'codec'"), (dict(layer=5), "layer is 5, but the model in .* has layers 1 to 4"),
-    (dict(layer=0), "layer is 0"), (dict(layer=None), "layer is None"), (dict(rate=50), "rate is 50, .* needs 25"),
-    (dict(sample_rate=8000), "sample_rate is 8000"), (dict(model="../nowhere"), "nowhere: not a HubertModel"),
-    (dict(hash="0" * 64), "hash"), (dict(n_units=21), "21")])
-def test_vocabularies_that_do_not_fit_their_model_are_refused(folder, tmp_path, changes, message):
+    (dict(layer=5), "layer is 5, but the model in .* has layers 1 to 4"), (dict(rate=50), "rate is 50, .* needs 25"),
+    (dict(sample_rate=8000), "sample_rate is 8000"), (dict(model="../nowhere"), "nowhere: not a HubertModel")])
+def test_vocabularies_that_do_not_fit_their_model_are_refused(tmp_path, changes, message):
+    folder = vocabulary_folder(tmp_path)[1]
     about = json.loads((folder / "units.json").read_text())
-    assert about["model"] == os.path.join("..", "hubert")
-    about["model"] = str(folder.parent / "hubert")
-    shutil.copytree(folder, tmp_path / "units")
-    (tmp_path / "units" / "units.json").write_text(json.dumps(about))
-    assert load_units(tmp_path / "units").n_units == 20  # the path of the model may be absolute
-    (tmp_path / "units" / "units.json").write_text(json.dumps(about | changes))
-    with pytest.raises(ValueError, match=message) as error:
-        load_units(tmp_path / "units")
-    assert "\n" not in str(error.value)
+    (folder / "units.json").write_text(json.dumps(about | changes))
+    with pytest.raises(ValueError, match=message):
+        load_units(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # the vocoder
 
 CONFIG = dict(num_embeddings=20, embedding_dim=16, model_in_dim=16, upsample_rates=[5, 4, 4, 4, 2],
@@ -229,9 +175,7 @@ def released(tmp_path_factory):
 def test_the_vocoder_speaks_as_textlesslib(released, tmp_path):
     checkpoint, config = released
     convert.main(["vocoder", f"--checkpoint={checkpoint}", f"--config={config}", f"--out={tmp_path / 'vocoder'}"])
-    assert sorted(os.listdir(tmp_path / "vocoder")) == ["config.json", "model.safetensors"]
     vocoder = load_vocoder(tmp_path / "vocoder")
-    assert (vocoder.n_units, vocoder.hop) == (20, 640)
     ids = np.random.default_rng(0).integers(0, 20, 30).astype(np.uint16)
     units = SimpleNamespace(n_units=20, rate=25, sound=None)
     state = torch.load(checkpoint)["generator"]
@@ -240,27 +184,11 @@ def test_the_vocoder_speaks_as_textlesslib(released, tmp_path):
     waveform = resynthesise(ids, units, vocoder)
     assert waveform.dtype == np.float32 and len(waveform) == 640 * sum(predicted)
     np.testing.assert_allclose(waveform, wanted, atol=1e-5)
-    durations = [1 + i % 3 for i in range(30)]
+    durations = [1, 2, 3] * 10
     waveform = resynthesise(ids, units, vocoder, durations=durations)
     np.testing.assert_allclose(waveform, as_published(state, ids.astype(int), durations)[0], atol=1e-5)
-    assert len(resynthesise([], units, vocoder)) == 0
-    for n_units, rate in ((500, 25), (20, 50)):
-        with pytest.raises(ValueError, match="the vocoder"):
-            resynthesise(ids, SimpleNamespace(n_units=n_units, rate=rate, sound=None), vocoder)
-    with pytest.raises(ValueError, match="need a vocoder"):
-        resynthesise(ids, units)
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(multispkr="_"), "multispkr is '_'"), (dict(multistyle="_"), "multistyle"), (dict(f0=True), "f0 is True"),
-    (dict(embedder_params={"a": 1}), "embedder_params"), (dict(sampling_rate=22050), "sampling_rate is 22050"),
-    (dict(dur_predictor_params=None), "dur_predictor_params is missing"), (dict(num_embeddings=21), "dict.weight"),
-    (dict(resblock_kernel_sizes=[3, 7], resblock_dilation_sizes=[[1, 3, 5]] * 2), "resblocks.10.convs1.0.weight")])
-def test_other_vocoders_are_refused(released, tmp_path, changes, message):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
-    with pytest.raises(SystemExit, match=message) as error:
-        convert.vocoder(tmp_path / "out", released[0], tmp_path / "config.json")
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="the vocoder speaks 20 units of 640 samples"):
+        resynthesise(ids, SimpleNamespace(n_units=20, rate=50, sound=None), vocoder)
 
 
 class Runs:
@@ -272,25 +200,16 @@ class Runs:
         return self.call
 
 
-def test_checkpoints_that_are_no_vocoder_are_refused_and_not_run(released, tmp_path):
-    state = torch.load(released[0])["generator"]
-    torch.save({"generator": Runs(os.mkdir, str(tmp_path / "ran"))}, tmp_path / "evil.pt")
-    torch.save({"generator": state | {"dict.weight": state["dict.weight"] * np.inf}}, tmp_path / "inf.pt")
-    for file, message in (("evil.pt", "evil.pt: cannot"), ("none.pt", "No such file"), ("inf.pt", "not finite")):
-        with pytest.raises(SystemExit, match=message):
-            convert.vocoder(tmp_path / "out", tmp_path / file, released[1])
-    assert sorted(os.listdir(tmp_path)) == ["evil.pt", "inf.pt"]
-
-
-def test_damaged_vocoders_are_refused(released, tmp_path):
-    path = convert.vocoder(tmp_path / "v", *released) / "model.safetensors"
-    state = load_file(path)
-    for damaged, message in ((state | {"spkr.weight": torch.zeros(3, 16)}, 'Unexpected .*"spkr.weight"'),
-                             ({name: state[name] for name in state if name != "ups.1.bias"}, 'Missing .*"ups.1.bias"')):
-        save_file(damaged, path)
-        with pytest.raises(ValueError, match=f"v: not a whole vocoder .*{message}"):
-            load_vocoder(tmp_path / "v")
-    path.write_bytes(b"no safetensors")
-    for name in ("v", "none"):
-        with pytest.raises(ValueError, match=f"{name}: not a whole vocoder"):
-            load_vocoder(tmp_path / name)
+@pytest.mark.parametrize("changes, weights, message", [
+    (dict(multispkr="_"), {}, "multispkr is '_'"), (dict(sampling_rate=22050), {}, "sampling_rate is 22050"),
+    (dict(num_embeddings=21), {}, "dict.weight"), ({}, {"dict.weight": torch.ones(20, 16) * np.inf}, "not finite"),
+    ({}, {"spkr.weight": torch.zeros(3, 16)}, "spkr.weight"), ({}, Runs(os.mkdir, "ran"), "g.pt: cannot")])
+def test_other_vocoders_are_refused_and_not_run(released, tmp_path, monkeypatch, changes, weights, message):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(weights, dict):
+        weights = torch.load(released[0])["generator"] | weights
+    torch.save({"generator": weights}, "g.pt")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    with pytest.raises(SystemExit, match=message) as error:
+        convert.vocoder("out", "g.pt", "config.json")
+    assert "\n" not in str(error.value) and sorted(os.listdir()) == ["config.json", "g.pt"]

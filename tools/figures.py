@@ -1,11 +1,11 @@
 """
-All drawing: from a json of analyze.py, from the log.jsonl of a run, or from a recording, to a png.
+Draw pictures (png): of the results of analyze.py, of the log of a training run, or of a recording.
 
     python -m tools.figures out/train_tiny/analysis/segmentation.json      draws segmentation.png in the same folder
     python -m tools.figures out/train_tiny/log.jsonl                       draws loss.png in the same folder
 
-A json holds the name of the command that wrote it, its settings, and its results for each model. The first model in
---checkpoint has the first colour in all pictures, the second one the second, and so on.
+A json of analyze.py holds the command that wrote it, the settings, and the results for each model. A model has the same
+colour in all pictures: the first model in --checkpoint has the first of COLOURS, and so on.
 """
 import itertools
 import json
@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from runtime.files import reading
 from runtime.log import flat, read_log
 
-# The palette of Okabe and Ito, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito. Colour-blind readers can tell its colours apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 TEXT, SPEECH = COLOURS[:2]
 CLOZE_COLOURS = {"T": TEXT, "S": SPEECH, "T->S": COLOURS[4], "S->T": COLOURS[2]}
@@ -30,7 +30,7 @@ matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelo
 
 
 def draw(path):
-    """Draw the results in a json of analyze.py as a png in the same folder. ValueError for any other file."""
+    """Draw the results in a json of analyze.py as a png in the same folder. Raises ValueError for any other file."""
     path = Path(path)
     with reading(path):
         results = json.loads(path.read_text())
@@ -59,7 +59,7 @@ def whole_numbers(axis):
 
 
 def line_over_layers(axes, mean, low, high, colour, label, speech):
-    """A line over layers 0..L with a band: solid with dots for speech, dashed with squares for text."""
+    """Draw a line over layers 0..L with a band: solid with dots for speech, dashed with squares for text."""
     axes.plot(mean, "o-" if speech else "s--", color=colour, markersize=4, label=label)
     axes.fill_between(range(len(mean)), low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("layer (0: input to the backbone)")
@@ -72,7 +72,7 @@ def line_over_layers(axes, mean, low, high, colour, label, speech):
 def utterance(path, waveform, vocabulary, words, ends, seconds=4.0):
     """Draw the first seconds of a recording: waveform, spectrogram, units and words on one time axis.
 
-    waveform: float [n] at 16 kHz; vocabulary: as returned by load_units; words: strings; ends: their ends in seconds.
+    waveform: float [n] at 16 kHz; vocabulary: from load_units; words: strings; ends: the end of each word in seconds.
     """
     from speech.audio import SAMPLE_RATE
     from speech.mel import STEP, log_mel
@@ -115,7 +115,7 @@ def segmentation(results):
     """R-values of all methods, the tuning of the last layer's threshold, and the R-values of all layers."""
     within, colours = results["rows"][0]["within"], model_colours(results)
     rows = select(results["rows"], within=within, matching="nearest")
-    best = max(select(rows, model=""), key=lambda row: row["r_value"])  # of the methods without a model
+    best = max(select(rows, model=""), key=lambda row: row["r_value"])  # best method without a model
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     bars, tuning, layers = figure.subplots(1, 3, width_ratios=[2, 1, 1])
     draw_r_values(bars, [row for row in rows if not row["model"] or "the last" in row["method"]], colours)
@@ -135,7 +135,7 @@ def segmentation(results):
 
 
 def draw_r_values(axes, rows, colours):
-    """A bar for each row, with the method on the left and the scores on the right."""
+    """Draw a bar for each row, with the method on the left and the scores on the right."""
     for i, row in enumerate(rows):
         axes.barh(i, max(0, row["r_value"]), xerr=row["r_value_stderr"], color=colours.get(row["model"], "0.78"))
         axes.text(103, i, f"R {row['r_value']:.1f}, F1 {row['f1']:.1f}", va="center", fontsize=9)
@@ -147,7 +147,7 @@ def draw_r_values(axes, rows, colours):
 
 
 def weights(results):
-    """For each model omega along an utterance, phi, and the distribution of omega."""
+    """For each model: omega along an utterance, phi, and the distribution of omega (see SmolTolk.pool in model.py)."""
     colours, omega_at = model_colours(results), results["settings"]["omega_at"]
     unit = dict(read="the unit that was read last", predicted="the unit that comes next")[omega_at]
     figure = Figure(figsize=(16, 9 * len(colours)), layout="constrained")
@@ -165,7 +165,7 @@ def weights(results):
 
 
 def draw_omega(above, below, utterance, colour):
-    """omega of all layers as an image, and of the last layer as a line with the words above it. Returns the image."""
+    """Draw omega of all layers as an image, and of the last layer as a line below the words. Returns the image."""
     omega = np.array(utterance["omega"])  # [units, L]
     n, L = omega.shape
     image = above.imshow(omega.T, origin="lower", aspect="auto", extent=(-0.5, n - 0.5, 0.5, L + 0.5))
@@ -184,7 +184,7 @@ def draw_omega(above, below, utterance, colour):
 
 
 def draw_statistics(phi, spread, around, model, colour):
-    """phi as bars, quantiles of omega as boxes, and the mean omega of the last layer near word boundaries."""
+    """Draw phi as bars, quantiles of omega as boxes, and the mean omega of the last layer near word boundaries."""
     layers = range(1, len(model["phi"]) + 1)
     phi.bar(layers, model["phi"], color=colour)
     phi.axhline(1 / len(layers), color="0.4", linestyle=":", label="uniform")
@@ -206,7 +206,7 @@ def draw_statistics(phi, spread, around, model, colour):
 
 
 def dimension(results):
-    """The chosen dimension over layers, and below it the curves over scale for each model and modality."""
+    """The intrinsic dimension over layers at the chosen scales; below, for each model and modality, over all scales."""
     colours = model_colours(results)
     figure = Figure(figsize=(13, 4.5 + 3.4 * len(colours)), layout="constrained")
     grid = figure.add_gridspec(1 + len(colours), 2, height_ratios=[4.5] + [3.4] * len(colours))
@@ -218,7 +218,7 @@ def dimension(results):
             continue
         chosen = select(rows, chosen=1)  # a row for each layer
         mean, deviation = column(chosen, "dimension"), column(chosen, "deviation")
-        # Where most points are equal, as embeddings of the last token may be, the dimension says nothing.
+        # Where most points are equal, as embeddings of the last token may be, the dimension has no meaning.
         mean[2 * column(chosen, "distinct") < results["models"][name][modality]["points"]] = np.nan
         line_over_layers(main, mean, mean - deviation, mean + deviation, colours[name], title, speech)
         draw_scales(figure.add_subplot(grid[i, int(speech)]), rows, title)
@@ -245,7 +245,7 @@ def draw_scales(axes, rows, title):
 
 
 def overlap(results):
-    """How much of one modality's variance the principal components of the other one explain, over layers."""
+    """How much of one modality's variance the principal components of the other modality explain, over layers."""
     colours, k = model_colours(results), results["settings"]["components"]
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     for axes, (a, b) in zip(figure.subplots(1, 2, sharey=True), [("speech", "text"), ("text", "speech")]):
@@ -260,7 +260,7 @@ def overlap(results):
             axes.axhline(100 * share, color="0.4", linestyle="-.", label=f"a random subspace: {100 * share:.0f}%")
         axes.set(ylabel=f"% of {a} variance explained", ylim=(0, 103),
                  title=f"{a} variance in the top {k} components of {b} (band: 95% bootstrap)")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)  # no corner is free of lines
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)  # lines fill all corners
     return figure
 
 
@@ -294,7 +294,7 @@ def loss_curves(out_dir):
 
 
 def losses(lines):
-    """Training loss, held-out loss and Topic-Cloze over steps. lines: those of log.jsonl, as dicts."""
+    """Training loss, held-out loss and Topic-Cloze over steps. lines: the lines of log.jsonl, as dicts."""
     lines = [flat(line) | dict(stage=line["stage"]) for line in lines]
     figure = Figure(figsize=(15, 4), layout="constrained")
     training, held_out, cloze = figure.subplots(1, 3, sharex=True)
@@ -317,14 +317,14 @@ def losses(lines):
 
 
 def draw_curve(axes, lines, key, style, colour, label):
-    """A curve of line[key] over steps, from the lines that have this key."""
+    """Draw line[key] over steps, from the lines that have this key."""
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
         axes.plot(*zip(*points), style, color=colour, markersize=4, label=label)
 
 
 def mark_stages(axes, lines):
-    """A vertical line with the name of the stage where a stage of training begins."""
+    """Draw a vertical line with the name of the stage wherever a stage of training begins."""
     for stage, of_stage in itertools.groupby(lines, key=lambda line: line["stage"]):
         step = next(of_stage)["step"]
         axes.axvline(step, color="0.8", linewidth=1, zorder=0)
@@ -334,7 +334,29 @@ def mark_stages(axes, lines):
 FIGURES = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling)
 
 
+def study(rows, path):
+    """Draw Topic-Cloze of the rows of study.json: a bar at each run's mean, and a point for each seed."""
+    settings = [name for name in CLOZE_COLOURS if name != "T"]  # all runs solve T
+    figure = Figure(figsize=(13, 1.6 + 0.38 * len(rows)), layout="constrained")
+    lowest = min(score for row in rows for name in settings for score in row["settings"][name]["scores"])
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, name in zip(panels, settings):
+        for y, row in enumerate(rows):
+            cell = row["settings"][name]
+            axes.barh(y, cell["mean"] - 50, left=50, color=CLOZE_COLOURS[name], alpha=0.35 if y else 0.7)
+            axes.plot(cell["scores"], [y] * len(cell["scores"]), "o", color="black", markersize=3.5)
+        axes.axvline(50, color="0.4", linewidth=1)
+        axes.set(title=name, xlabel="% right (chance: 50)", xlim=(min(45, lowest - 2), 100))
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(range(len(rows)), [row["what"] for row in rows])
+    panels[0].invert_yaxis()
+    figure.suptitle("Topic-Cloze: mean over seeds (bars), each seed (points)")
+    figure.savefig(path, dpi=110)
+
+
 def main(argv):
+    if not argv or {"-h", "--help"} & set(argv):
+        return print(__doc__)
     if len(argv) != 1 or Path(argv[0]).suffix not in (".json", ".jsonl"):
         raise SystemExit("python -m tools.figures FILE   draws a json of analyze.py or the log.jsonl of a run")
     path = Path(argv[0])
@@ -345,7 +367,7 @@ def main(argv):
             draw(path)
         else:
             loss_curves(path.parent)
-    except ValueError as error:  # its message says in one line what is wrong
+    except ValueError as error:
         raise SystemExit(str(error)) from None
     print(f"drawn: {path.with_suffix('.png') if path.suffix == '.json' else path.with_name('loss.png')}")
 

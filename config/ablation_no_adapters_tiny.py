@@ -1,4 +1,0 @@
-# Table 2, "-Adapters".
-base = "train_tiny.py"
-input_adapter_layers = 0
-output_adapter_layers = 0

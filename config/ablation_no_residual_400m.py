@@ -1,3 +1,0 @@
-# Table 2, "-Residual".
-base = "train_400m.py"
-residual = False

@@ -1,3 +1,0 @@
-# Table 2, "-Residual".
-base = "train_small.py"
-residual = False
