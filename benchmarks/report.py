@@ -7,8 +7,7 @@ from scipy.stats import binomtest
 from runtime.files import read_array, read_json
 
 TABLE_7 = Path(__file__).resolve().parent.parent / "assets/table7.csv"
-COLOURS = {"T": "#0072B2", "S": "#D55E00", "T->S": "#E69F00", "S->T": "#009E73"}  # by Okabe and Ito
-SETTINGS = tuple(COLOURS)  # modality of the context -> modality of the ending
+SETTINGS = ("T", "S", "T->S", "S->T")  # modality of the context -> modality of the ending
 OTHER_MEASURE = {"sum": "mean", "mean": "sum"}
 
 

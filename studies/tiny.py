@@ -1,0 +1,43 @@
+"""
+The paper's claim on the tiny run: SmolTolk and vocabulary expansion on the same data, and each row of Table 2.
+
+    python -m studies.tiny                  says what is missing and how long it takes
+    python -m studies.tiny run              makes all runs that are missing, then the tables
+    python -m studies.tiny run --runs='["smoltolk","baseline"]' --seeds='[1]'         makes two of them
+    python -m studies.tiny tables           tables and a figure of the finished runs
+    python -m studies.tiny pictures         the figures of analyze.py for the first seed
+
+A run that was cut off continues from its checkpoint. The results are study.md, study.csv, study.json and study.png in
+out/study_tiny, and the folder pictures there.
+"""
+import sys
+
+from studies.study import Run, Study, main
+
+STUDY = Study(
+    name="tiny",
+    help=__doc__,
+    time="Each run takes six to ten minutes of one core, so all 33 runs take 3.3 to 5.5 hours.",
+    runs=dict(
+        smoltolk=Run("SmolTolk", "config/train_tiny.py"),
+        baseline=Run("vocabulary expansion, as in the paper: no stage 1", "config/baseline_tiny.py"),
+        equal_steps=Run("the same, as many steps", "config/baseline_tiny.py --stages.stage2.steps=1000"),
+        equal_flops=Run("the same, as much compute", "config/baseline_tiny.py --stages.stage2.steps=1595"),
+        # The backbone has four more layers in place of SmolTolk's four adapter layers.
+        equal_parameters=Run("the same, as many steps and parameters",
+                             "config/baseline_tiny.py --num_hidden_layers=8 --stages.stage2.steps=1000"),
+        no_input_adapter=Run("- input adapter", "config/train_tiny.py --input_adapter_layers=0"),
+        no_output_adapter=Run("- output adapter", "config/train_tiny.py --output_adapter_layers=0"),
+        no_adapters=Run("- adapters", "config/train_tiny.py --input_adapter_layers=0 --output_adapter_layers=0"),
+        no_layer_pooling=Run("- layer pooling", "config/train_tiny.py --layer_pooling=last --beta=0"),
+        no_dynamic_pooling=Run("- dynamic pooling", "config/train_tiny.py --layer_pooling=fixed --beta=0"),
+        no_residual=Run("- residual", "config/train_tiny.py --residual=false")),
+    evaluate=dict(tasks=["topic_cloze"]),
+    pictures=["segmentation --checkpoint={smoltolk} --units=data/demo/units",
+              "weights --checkpoint={smoltolk}",
+              "dimension --checkpoint={smoltolk},{baseline} --points=1000",
+              "overlap --checkpoint={smoltolk},{baseline} --points=1000",
+              "scaling --checkpoint={smoltolk},{equal_flops}"])
+
+if __name__ == "__main__":
+    main(STUDY, sys.argv[1:])
