@@ -25,6 +25,7 @@ Without input adapter, output adapter, layer pooling and residual, the model is 
 ablation of the paper's Table 2 is an option in Config. Training, scoring, sampling and analysis share one forward pass.
 
 Letters in shapes: B rows, T positions, d hidden_size, H query heads, H_kv key and value heads, L backbone layers.
+S is the layer selector in Eq. 3, and the number of key slots in attention masks.
 """
 import dataclasses
 import json
