@@ -352,7 +352,7 @@ def newest_checkpoint(folder):
     found, bad = newest(folder, to_train=False)
     if found is None:
         raise SystemExit(f"{folder}: no {'good ' if bad else ''}checkpoint here; give --checkpoint=FOLDER of a run or a"
-                         f" model, or train one with python train.py config/train_tiny.py")
+                         f" model, or train one, for example with python train.py config/train_tiny.py")
     return found
 
 
