@@ -1,5 +1,5 @@
 # Vocabulary expansion, the baseline of train_tiny.py: the same data, but none of SmolTolk's modules.
-# As in the paper it skips stage 1, where it could train nothing but its new embeddings.
+# As we read the paper, it skips stage 1, where it could train nothing but its new embeddings.
 # For as many steps in all as SmolTolk: --stages.stage2.steps=1000
 base = "train_tiny.py"
 input_adapter_layers = 0

@@ -1,4 +1,4 @@
-# SmolLM2-135M learns to hear and speak on a laptop: few steps, on a book read aloud (see corpora/prose.py).
+# SmolLM2-135M learns to hear and speak on a CPU: few steps, on a book read aloud (see corpora/prose.py).
 init_from = "weights/smollm2-135m"
 tokenizer = "weights/smollm2-135m/tokenizer.json"
 units = "data/demo/units"

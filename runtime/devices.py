@@ -3,6 +3,7 @@ Choose the device and the precision, and make the process reuse memory.
 """
 import ctypes
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -29,9 +30,13 @@ def pick_dtype(name, device):
     return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
 
 
+def make_autocast(dtype, device):
+    """A context in which a model with float32 weights computes its matrix products in this dtype."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+
+
 def reuse_memory():
-    """Make glibc keep freed memory. Otherwise every training step on a CPU maps and clears new pages for its tensors.
-    """
+    """Make glibc keep freed memory. Otherwise each training step on a CPU maps and clears new pages for its tensors."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # musl lacks it
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back

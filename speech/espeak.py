@@ -1,13 +1,13 @@
 """
 Synthesise speech with espeak-ng, called through ctypes: from a text to a waveform and word times. The demo uses it.
 """
-import _ctypes
 import atexit
 import ctypes
 import functools
 import os
 import shutil
 import tempfile
+from _ctypes import dlclose
 
 import numpy as np
 
@@ -24,7 +24,6 @@ class Event(ctypes.Structure):
 
 
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
-unload = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary  # FreeLibrary on Windows
 
 
 def espeak(text, voice="en-us", rate=175, pitch=50):
@@ -129,7 +128,7 @@ def synthesise(text, voice, rate, pitch, phones=False):
         lib.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 1, 0, UTF8, None, None)
         lib.espeak_Terminate()
     finally:
-        unload(lib._handle)
+        dlclose(lib._handle)
     return np.concatenate(samples or [np.zeros(0, np.int16)]), native_rate, events
 
 

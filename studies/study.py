@@ -272,10 +272,10 @@ def summary(scores):
 
 def write_tables(rows, study, c):
     """Write study.json, .csv, .md and .png, and print the tables."""
-    from tools.figures import study as draw  # matplotlib takes a second to import
+    from tools import figures  # matplotlib takes a second to import
 
-    stem, before = c.out / "study", c.out / "before.json"
-    before = other_scores(json.loads(before.read_text())) if before.exists() else {}
+    stem, path = c.out / "study", c.out / "before.json"
+    before = other_scores(json.loads(path.read_text())) if path.exists() else {}
     contents = dict(study=study.name, seeds=c.seeds, before=before, rows=rows)
     stem.with_suffix(".json").write_text(json.dumps(contents, indent=1))
     with open(stem.with_suffix(".csv"), "w", newline="") as file:
@@ -287,7 +287,7 @@ def write_tables(rows, study, c):
                     writer.writerow([row["run"], setting, seed, score, row["parameters"], row["flops"]])
     tables = as_markdown(rows, before)
     stem.with_suffix(".md").write_text(tables)
-    draw(rows, stem.with_suffix(".png"))
+    figures.study_bars(rows, stem.with_suffix(".png"))
     print(tables)
     print(f"written to {stem}.md, .csv, .json, .png")
 

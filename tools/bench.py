@@ -48,7 +48,7 @@ from data import open_source
 from evaluate import log_likelihood
 from model import LLAMA, Config, is_new
 from runtime.datasets import FORMAT, write_set
-from runtime.devices import pick_dtype, reuse_memory
+from runtime.devices import make_autocast, pick_dtype, reuse_memory
 from runtime.distributed import ALONE, distribute, join_world, leave_world
 from runtime.log import utilisation
 from runtime.tokenizer import Tokenizer
@@ -154,16 +154,7 @@ def prepare(settings, name, world):
 
 
 def make_model(c, world):
-    model = train.build_model(c, SimpleNamespace(eos=0))
-    model.apply(lambda module: setattr(module, "recompute", c.recompute))
-    if c.compile:
-        model.compiled_read = torch.compile(model.read)
-    return model.to(world.device)
-
-
-def make_autocast(c, world):
-    is_half = pick_dtype(c.dtype, world.device) == torch.bfloat16
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=is_half)
+    return train.place_model(train.build_model(c, SimpleNamespace(eos=0)), c, world)
 
 
 def write_random_set(folder, vocab_size, n_units, n_documents=400):
@@ -207,7 +198,8 @@ def draw_steps(c, world, stage, config, folder):
 def step_of_smoltolk(c, world, model, stage):
     """A function that takes one training step of our model, as the loop of train.py does."""
     train.set_trainable(model, stage["train"])
-    optimizer, autocast = train.make_optimizer(model, c), make_autocast(c, world)
+    optimizer = train.make_optimizer(model, c)
+    autocast = make_autocast(pick_dtype(c.dtype, world.device), world.device)
     net = distribute(model, world)
 
     def run(batches):
@@ -227,7 +219,8 @@ def step_of_llama(c, world, config):
     shape = {key: getattr(config, key) for key in LLAMA} | dict(vocab_size=config.switch + 1)
     llama = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).to(world.device)
     optimizer = torch.optim.AdamW(llama.parameters(), betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
-    net, autocast = torch.compile(llama) if c.compile else llama, make_autocast(c, world)
+    net = torch.compile(llama) if c.compile else llama
+    autocast = make_autocast(pick_dtype(c.dtype, world.device), world.device)
 
     def run(batches):
         for batch in batches:

@@ -331,10 +331,7 @@ def mark_stages(axes, lines):
         axes.text(step, 1.01, stage, color="0.4", fontsize=8, va="bottom", transform=axes.get_xaxis_transform())
 
 
-FIGURES = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling)
-
-
-def study(rows, path):
+def study_bars(rows, path):
     """Draw Topic-Cloze of the rows of study.json: a bar at each run's mean, and a point for each seed."""
     settings = [name for name in CLOZE_COLOURS if name != "T"]  # all runs solve T
     figure = Figure(figsize=(13, 1.6 + 0.38 * len(rows)), layout="constrained")
@@ -352,6 +349,9 @@ def study(rows, path):
     panels[0].invert_yaxis()
     figure.suptitle("Topic-Cloze: mean over seeds (bars), each seed (points)")
     figure.savefig(path, dpi=110)
+
+
+FIGURES = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling)
 
 
 def main(argv):
