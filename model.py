@@ -397,9 +397,11 @@ class SmolTolk(nn.Module):
             x = torch.where(is_speech[..., None], x, z)
         hidden = apply_layers(self.model.layers, x, rope, seen, None, slots, pasts[1])
         hidden[-1] = self.model.norm(hidden[-1])
+        # In training, Eq. 6 averages the entropy of the layer weights over text sequences too.
+        log_omega = self.layer_weights(hidden[1:]) if speaks or self.training else None
         if not speaks:
-            return Output(hidden[-1], None, hidden, None)
-        pooled, log_omega = self.pool(hidden[1:])
+            return Output(hidden[-1], None, hidden, log_omega)
+        pooled = self.pool(hidden[1:], log_omega)
         speech = pooled + z if self.config.residual else pooled  # Eq. 5
         speech = apply_layers(self.output_adapter, speech, rope, seen, None, slots, pasts[2])[-1]
         return Output(hidden[-1], speech, hidden, log_omega)
@@ -417,16 +419,24 @@ class SmolTolk(nn.Module):
         new = self.speech_embed((ids - V).clamp(min=0))
         return torch.where((ids < V)[..., None], text, new)
 
-    def pool(self, layers):
-        """Layer pooling: [c(1) .. c(L)], each [B, T, d] -> (pooled states [B, T, d], ln omega [B, T, L] or None)."""
+    def mix(self, layers):
+        """[c(1) .. c(L)], each [B, T, d] -> c' [B, T, d], the same mixture of layers at all positions (Eq. 4)."""
+        return sum(w * c for w, c in zip(self.phi.softmax(0), layers))
+
+    def layer_weights(self, layers):
+        """[c(1) .. c(L)] -> ln omega [B, T, L], the layer weights of each position; None without a layer selector."""
+        if self.config.layer_pooling != "dynamic":
+            return None
+        return self.layer_selector(self.mix(layers)).float().log_softmax(-1)
+
+    def pool(self, layers, log_omega):
+        """Layer pooling: [c(1) .. c(L)], each [B, T, d], and ln omega [B, T, L] or None -> [B, T, d]."""
         if self.config.layer_pooling == "last":
-            return layers[-1], None
-        mixed = sum(w * c for w, c in zip(self.phi.softmax(0), layers))  # c', Eq. 4
+            return layers[-1]
         if self.config.layer_pooling == "fixed":
-            return mixed, None
-        log_omega = self.layer_selector(mixed).float().log_softmax(-1)
+            return self.mix(layers)
         omega = log_omega.exp().to(layers[0].dtype)
-        return sum(w * c for w, c in zip(omega.split(1, dim=-1), layers)), log_omega  # Eq. 3
+        return sum(w * c for w, c in zip(omega.split(1, dim=-1), layers))  # Eq. 3
 
     def add_losses(self, out, targets, layout):
         """The Output with -ln p of each target. Each head is computed only at the positions where it has a target."""
@@ -465,9 +475,8 @@ def nll(x, weight, targets):
                       for piece in zip(x.split(size), targets.split(size))])
 
 
-def selector_entropy(log_omega, positions):
-    """Entropy in nats of the layer weights at flat positions, summed (Eq. 6): log_omega [B, T, L], positions [n]."""
-    log_omega = log_omega.flatten(0, 1)[positions]  # [n, L]
+def selector_entropy(log_omega):
+    """Entropy in nats of the layer weights, summed over all positions (Eq. 6): log_omega [B, T, L] -> []."""
     return -(log_omega.exp() * log_omega).sum()
 
 

@@ -177,7 +177,8 @@ def train(run, model, progress):
             factor = schedule(step, stage)
             for group in optimizer.param_groups:
                 group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
-            sums, n_targets = add_gradients(net, batches, c.beta, run.autocast, world)
+            beta = 0.0 if stage["train"] == "text" else c.beta  # a text LM has no layer selector
+            sums, n_targets = add_gradients(net, batches, beta, run.autocast, world)
             norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
 
             norm, *sums = torch.stack([norm, *sums]).tolist()  # here the CPU waits for the GPU, once a step
@@ -191,7 +192,7 @@ def train(run, model, progress):
             flops = step_flops(model.config, batches, stage) * world.size
             progress |= dict(step=step + 1, total=progress["total"] + 1, tokens=progress["tokens"] + c.batch_tokens,
                              flops=progress["flops"] + flops)
-            log.add(sums, n_targets, norm, flops)
+            log.add(sums, (*n_targets, c.batch_tokens), norm, flops)
             if is_due(c.log_interval, progress, stage):
                 log.step(progress, name, shown_rates(stage, factor))
             paused = time.perf_counter()
@@ -215,11 +216,12 @@ def add_gradients(net, batches, beta, autocast, world):
     net        the model, or the DistributedDataParallel around it
     batches    the step's micro-batches of this process, on the CPU
     beta       weight of the entropy bonus
-    Returns (sums, n_targets). sums [3]: text NLL, speech NLL and selector entropy in nats, summed over the targets of
-    this process. n_targets: the numbers of text and speech targets of the step, over all processes.
+    Returns (sums, n_targets). sums [3]: text NLL and speech NLL of all targets and the entropy of the layer selector at
+    all positions, in nats, summed over this process. n_targets: the numbers of text and speech targets of the step,
+    over all processes.
     """
     # The loss is the mean over all targets of the step, no matter how processes and micro-batches divide them.
-    n_text, n_speech = all_sum(count_targets(batches), world).tolist()
+    n_text, n_speech, n = all_sum([*count_targets(batches), sum(b.ids.numel() for b in batches)], world).tolist()
     sums = torch.zeros(3, device=world.device)
     for i, batch in enumerate(batches):
         net.require_backward_grad_sync = i == len(batches) - 1  # DDP sends gradients once a step
@@ -229,8 +231,8 @@ def add_gradients(net, batches, beta, autocast, world):
         text_nll, speech_nll = out.text_nll.sum(), out.speech_nll.sum()
         entropy = torch.zeros_like(text_nll)  # for a model without a layer selector
         if out.log_omega is not None:
-            entropy = selector_entropy(out.log_omega, batch.layout.speech)
-        loss = (text_nll + speech_nll) / (n_text + n_speech) - beta * entropy / max(1, n_speech)  # Eqs. 2 and 6
+            entropy = selector_entropy(out.log_omega)
+        loss = (text_nll + speech_nll) / (n_text + n_speech) - beta * entropy / n  # Eqs. 2 and 6
         (loss * world.size).backward()  # DDP averages gradients over processes, but we want their sum
         sums += torch.stack([text_nll, speech_nll, entropy]).detach()
         del out, loss  # otherwise the hidden states would stay in memory during the next forward pass

@@ -40,7 +40,7 @@ class Log:
 
     def start(self):
         """Set all sums to 0 for the next line."""
-        self.sums = torch.zeros(5, dtype=torch.double)  # text NLL, speech NLL, entropy; text and speech targets
+        self.sums = torch.zeros(6, dtype=torch.double)  # text NLL, speech NLL, entropy; the counts for their means
         self.norm, self.flops, self.steps, self.began = 0.0, 0, 0, time.perf_counter()
 
     def leave_out(self, seconds):
@@ -48,8 +48,8 @@ class Log:
         self.began += seconds
 
     def add(self, losses, counts, norm, flops):
-        """Add a step. losses: sums of this process [text NLL, speech NLL, entropy]. counts: numbers of text and speech
-        targets in all processes.
+        """Add a step. losses: sums of this process [text NLL, speech NLL, entropy]. counts: numbers of text targets,
+        speech targets and positions in all processes.
         """
         self.sums += torch.tensor([*losses, *counts], dtype=torch.double)
         self.norm, self.flops, self.steps = max(self.norm, norm), self.flops + flops, self.steps + 1
@@ -60,14 +60,14 @@ class Log:
         rates: the present learning rates (of the backbone, of the new modules)
         """
         text_nll, speech_nll, entropy = all_sum(self.sums[:3], self.world).tolist()
-        n_text, n_speech = self.sums[3:].tolist()
+        n_text, n_speech, n = self.sums[3:].tolist()
         seconds = time.perf_counter() - self.began
         progress["seconds"] += seconds
         line = dict(
             step=progress["total"], stage=stage_name, stage_step=progress["step"], tokens=progress["tokens"],
             flops=progress["flops"], seconds=round(progress["seconds"], 3), grad_norm=self.norm,
             text_nll=text_nll / n_text if n_text else None, speech_nll=speech_nll / n_speech if n_speech else None,
-            entropy=entropy / n_speech if n_speech else None, learning_rate=rates[0], speech_learning_rate=rates[1],
+            entropy=entropy / n if entropy else None, learning_rate=rates[0], speech_learning_rate=rates[1],
             tokens_per_second=self.steps * self.c.batch_tokens / seconds,
             mfu=utilisation(self.flops / seconds / self.world.size, self.world.device))
         self.start()

@@ -56,8 +56,7 @@ def loss_of(m, ids, beta=0.1):
     inputs, targets = ids[:, :-1], ids[:, 1:]
     layout = make_layout(inputs, targets, m.config)
     out = m(inputs, targets, layout)
-    entropy = selector_entropy(out.log_omega, layout.speech)
-    return torch.cat([out.text_nll, out.speech_nll]).mean() - beta * entropy / max(1, len(layout.speech))
+    return torch.cat([out.text_nll, out.speech_nll]).mean() - beta * selector_entropy(out.log_omega) / inputs.numel()
 
 
 @pytest.mark.parametrize("shape, text, new, baseline", [  # Tables 4 and 5
@@ -155,7 +154,7 @@ def test_losses_and_entropy():
     m, ids = make(), interleaved(6, 41)
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
     targets[0, :5] = -1
-    out, layout = m(inputs, targets), make_layout(inputs, targets, TINY)
+    out = m(inputs, targets)
     text_nll, speech_nll, entropy = [], [], 0.0
     for text, speech, log_omega, row in zip(*both_logits(m, inputs), out.log_omega, targets.tolist()):
         for t, target in enumerate(row):
@@ -163,10 +162,10 @@ def test_losses_and_entropy():
                 text_nll.append(-text[t].log_softmax(-1)[target])
             elif 50 <= target < TINY.switch:
                 speech_nll.append(-speech[t].log_softmax(-1)[target - 50])
-                entropy -= float((log_omega[t].exp() * log_omega[t]).sum())
+            entropy -= float((log_omega[t].exp() * log_omega[t]).sum())
     torch.testing.assert_close(out.text_nll, torch.stack(text_nll))
     torch.testing.assert_close(out.speech_nll, torch.stack(speech_nll))
-    assert float(selector_entropy(out.log_omega, layout.speech)) == pytest.approx(entropy, rel=1e-5)
+    assert float(selector_entropy(out.log_omega)) == pytest.approx(entropy, rel=1e-5)
 
 
 @torch.no_grad()
@@ -174,9 +173,12 @@ def test_text_alone_may_skip_the_speech_modules():
     m, ids = make(), interleaved(4, 41) % 50
     inputs, targets = ids[:, :-1], ids[:, 1:]
     layout = make_layout(inputs, targets, TINY)
+    m.train()
     full, text = m(inputs, targets, layout), m(inputs, targets, layout._replace(speech=None))
     torch.testing.assert_close((text.text_nll, text.hidden), (full.text_nll, full.hidden))
+    torch.testing.assert_close(text.log_omega, full.log_omega)  # for Eq. 6
     assert text.speech is None and len(text.speech_nll) == 0
+    assert m.eval()(inputs, targets, layout._replace(speech=None)).log_omega is None
 
 
 @pytest.mark.parametrize("first, n", [(0, 50), (50, 11), (0, 62)], ids=["text", "speech", "both"])
