@@ -15,6 +15,9 @@ the speech EOS and then the units of an utterance. The omega of a unit is taken 
 read that unit, as in Eq. 3. With --omega_at=predicted it is taken one position earlier, where the model predicts the
 unit. A peak of omega marks the first unit of a word. The start and the end of an utterance do not count as boundaries.
 """
+from runtime.threads import share_cores  # before torch, because it sets how threads wait for each other
+
+# isort: split
 import csv
 import itertools
 import json
@@ -107,6 +110,7 @@ def open_models(settings, needs=""):
             raise ValueError(f"{folder}: a text model; give a model that was trained on speech")
         if needs == "selector" and net.config.layer_pooling != "dynamic":
             raise ValueError(f"{folder}: has no layer selector; give a model with layer_pooling='dynamic'")
+        share_cores(net)
         models.append(Model(name, folder, net, speaks))
     return models
 

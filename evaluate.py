@@ -12,6 +12,9 @@ The tasks are topic_cloze and nll (the scores of a training run), blimp, mmlu, s
 librispeech and text. benchmarks/__init__.py describes the files and the protocol of each task. An option such as
 --protocol.blimp.score=mean changes a protocol. Every result is written with its protocol.
 """
+from runtime.threads import share_cores  # before torch, because it sets how threads wait for each other
+
+# isort: split
 import json
 import sys
 import time
@@ -313,6 +316,7 @@ def score_checkpoint(folder, settings, world, path):
     if settings.units:
         hear.check_units(settings.units, folder)
     model, tokenizer = from_pretrained(folder).to(world.device).eval(), Tokenizer(folder / "tokenizer.json")
+    share_cores(model)
 
     weights = [file for file in sorted(folder.glob("*.safetensors")) if file.stem != "optimizer"]
     training = read_json(folder / "train.json") if (folder / "train.json").exists() else {}

@@ -53,6 +53,7 @@ except ImportError:
 # The argument that makes varlen_attn causal differs between releases of torch.
 CAUSAL = dict(is_causal=True) if "is_causal" in signature(varlen_attn).parameters else dict(window_size=(-1, 0))
 
+NEW_MODULES = ("identity", "default", "release")  # see SmolTolk.start_new_modules
 LOGITS_AT_ONCE = 1 << 27  # the largest number of logits in memory when the loss is computed: 0.5 GB in fp32
 
 
@@ -343,14 +344,34 @@ class SmolTolk(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # The adapters start as the identity. The backbone first reads plain embeddings, and learning starts faster.
+        self.start_new_modules("identity")
+
+    def start_new_modules(self, start):
+        """Set the first weights of the modules that SmolTolk adds, and return the model. start: one of NEW_MODULES.
+
+        identity   The adapters change nothing at first, so the backbone reads plain embeddings.
+        default    The adapters start as nn.Linear does.
+        release    As in the authors' code: as "default", the layer selector too, and smaller speech embeddings.
+
+        In the first two the layer selector starts at zero, so that omega is the same for all layers. With random
+        weights it selects a single layer from the first step on, because a trained backbone has large hidden states.
+        docs/from_the_paper.md compares the three.
+        """
         for layer in [*self.input_adapter, *self.output_adapter]:
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
-        # The layer selector starts at zero, so that omega is the same for all layers. With random weights it would
-        # select a single layer from the first step on, because the hidden states of a trained backbone are large.
+            if start == "identity":
+                nn.init.zeros_(layer.self_attn.o_proj.weight)
+                nn.init.zeros_(layer.mlp.down_proj.weight)
+                continue
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
         if self.config.layer_pooling == "dynamic":
             nn.init.zeros_(self.layer_selector.weight)
+            if start == "release":
+                self.layer_selector.reset_parameters()
+        if start == "release":
+            nn.init.normal_(self.speech_embed.weight, std=0.02)
+        return self
 
     def forward(self, ids, targets=None, layout=None, cache=None):
         """The forward pass -> Output, with losses if targets are given.

@@ -14,6 +14,9 @@ The modality is chosen by --to, never by the model. Each part uses one head only
 other modality or a switch token. A part ends at the EOS of its modality, which is dropped, or at its maximum length.
 Then the model reads a switch token, and the next part uses the other head.
 """
+from runtime.threads import share_cores  # before torch, because it sets how threads wait for each other
+
+# isort: split
 import codecs
 import itertools
 import json
@@ -293,7 +296,9 @@ def main(argv):
             resynthesise(np.zeros(1, np.int64), vocabulary, vocoder)
     except (ValueError, RuntimeError) as error:  # RuntimeError: a package is missing
         raise SystemExit(str(error)) from None
-    talk(c, model.to(device, getattr(torch, c.dtype)).eval(), openings, plan, tokenizer, vocabulary, vocoder)
+    model = model.to(device, getattr(torch, c.dtype)).eval()
+    share_cores(model)
+    talk(c, model, openings, plan, tokenizer, vocabulary, vocoder)
 
 
 if __name__ == "__main__":

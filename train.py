@@ -11,6 +11,9 @@ settings.json, log.jsonl (one line per logged step), checkpoint-* and, at the en
 SIGTERM, SIGUSR1 or Ctrl-C a run finishes its present step, writes a checkpoint and ends. If a loss or gradient is not
 finite, the run names the sequences that caused it and ends without changing a weight.
 """
+from runtime.threads import share_cores  # before torch, because it sets how threads wait for each other
+
+# isort: split
 import dataclasses
 import importlib.util
 import json
@@ -29,10 +32,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from benchmarks import report
 from configurator import configure, fit, nearest
-from data import Source, describe, loader, open_source
+from data import Source, describe, loader, micro_batches, open_source
 from evaluate import check_spans, heldout_nll, topic_cloze
 from model import (
     LLAMA,
+    NEW_MODULES,
     Config,
     SmolTolk,
     count_parameters,
@@ -44,10 +48,11 @@ from model import (
 )
 from runtime import checkpoint
 from runtime.datasets import DataSet, open_set
-from runtime.devices import make_autocast, pick_dtype, reuse_memory
-from runtime.distributed import World, all_sum, distribute, join_world, leave_world, on_first
+from runtime.devices import make_autocast, reuse_memory
+from runtime.distributed import ALONE, World, all_sum, distribute, join_world, leave_world, on_first
 from runtime.files import DataError, read_json, replace_file, whole_folder
 from runtime.log import Log
+from runtime.muon import Muon
 from runtime.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,6 +101,7 @@ input_adapter_layers = 2    # 0: none
 output_adapter_layers = 2   # 0: none
 layer_pooling = "dynamic"   # or "fixed", "last"
 residual = True             # add the embeddings to the pooled layers (Eq. 5)
+new_modules = "identity"    # how the modules that SmolTolk adds start: "identity", "default" or "release"; see model.py
 beta = 0.0                  # weight of a bonus for the entropy of the layer selector (Eq. 6)
 
 # the stages, one after the other, each with a fresh optimizer
@@ -108,6 +114,7 @@ stages = dict(              # steps, mixture, train, learning rates, warm-up and
     stage1=dict(steps=1000, mixture=dict(interleaved=1), train="new", speech_learning_rate=3e-3, warmup=100, decay=0.2),
     stage2=dict(steps=15000, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
 )
+optimizer = "adamw"         # or "muon": Muon for the matrices of all layers, AdamW for the other weights
 beta1 = 0.9                 # of AdamW
 beta2 = 0.95                # of AdamW
 weight_decay = 0.1          # of matrices
@@ -115,7 +122,7 @@ grad_clip = 1.0             # largest norm of the gradient; 1e9: no clipping
 
 # the machine
 device = "auto"             # "cuda", "cpu", "mps", or "auto" for the best one available
-dtype = "auto"              # "bfloat16" (autocast) or "float32"; "auto": bfloat16 if the hardware supports it
+dtype = "auto"              # "bfloat16" (autocast) or "float32"; "auto": on a GPU bfloat16, on a CPU the faster one
 compile = False             # torch.compile
 recompute = False           # compute the MLPs' activations again in backward, which saves memory
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +167,7 @@ class Run(NamedTuple):
 def train(run, model, progress):
     """Train all stages from `progress` on. Returns whether a signal ended the run.
 
-    progress: {stage, step, total, tokens, flops, seconds}, updated in place. `step` counts within the stage,
+    progress: {stage, step, total, tokens, flops, seconds, dtype}, updated in place. `step` counts within the stage,
     `total` over all stages.
     """
     c, world, log = run.c, run.world, run.log
@@ -168,14 +175,14 @@ def train(run, model, progress):
         if number > progress["stage"]:
             progress |= dict(stage=number, step=0)
         set_trainable(model, stage["train"])
-        optimizer = make_optimizer(model, c)
+        optimizers = make_optimizers(model, c)
         if progress["step"]:
-            load_optimizer(optimizer, model, run.resumed)
+            load_optimizers(optimizers, model, run.resumed)
         net = distribute(model, world)
 
         for step, batches in loader(run.data.train, stage, number, progress["step"], c, model.config, world):
             factor = schedule(step, stage)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = factor * stage["speech_learning_rate" if group["new"] else "learning_rate"]
             beta = 0.0 if stage["train"] == "text" else c.beta  # a text LM has no layer selector
             sums, n_targets = add_gradients(net, batches, beta, run.autocast, world)
@@ -186,8 +193,9 @@ def train(run, model, progress):
             broken, stop = (all_sum([not finite, len(run.heard)], world) > 0).tolist()
             if broken:
                 stop_not_finite(run, model, stage, number, progress, [] if finite else batches)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=net is model)  # DDP keeps gradients in its buckets
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=net is model)  # DDP keeps gradients in its buckets
 
             flops = step_flops(model.config, batches, stage) * world.size
             progress |= dict(step=step + 1, total=progress["total"] + 1, tokens=progress["tokens"] + c.batch_tokens,
@@ -203,7 +211,7 @@ def train(run, model, progress):
                 if not stop:
                     log.held_out(dict(step=progress["total"], stage=name, **scores))
             if is_due(c.checkpoint_interval, progress, stage) or stop:
-                save_checkpoint(run, model, optimizer, progress)
+                save_checkpoint(run, model, optimizers, progress)
             log.leave_out(time.perf_counter() - paused)
             if stop:
                 return True
@@ -333,8 +341,9 @@ def build_model(c, tokenizer):
     torch.manual_seed(c.seed)
     shape = {field.name: getattr(c, field.name) for field in dataclasses.fields(Config) if hasattr(c, field.name)}
     if not c.init_from:
-        return SmolTolk(Config(**shape, eos_token_id=tokenizer.eos, initializer_range=c.hidden_size ** -0.5,
-                               max_position_embeddings=max(2048, c.sequence_length)))
+        model = SmolTolk(Config(**shape, eos_token_id=tokenizer.eos, initializer_range=c.hidden_size ** -0.5,
+                                max_position_embeddings=max(2048, c.sequence_length)))
+        return model.start_new_modules(c.new_modules)
     new = {key: value for key, value in shape.items() if key == "rope_theta" or key not in LLAMA}
     model = from_pretrained(c.init_from, **new, eos_token_id=tokenizer.eos)
     if model.config.vocab_size != c.vocab_size:
@@ -342,7 +351,8 @@ def build_model(c, tokenizer):
     if model.config.max_position_embeddings < c.sequence_length:
         raise SystemExit(f"{c.init_from}: max_position_embeddings {model.config.max_position_embeddings}; set"
                          f" --sequence_length={model.config.max_position_embeddings} or less")
-    return model
+    has_speech = (Path(c.init_from) / "speech.safetensors").exists()
+    return model if has_speech else model.start_new_modules(c.new_modules)
 
 
 def place_model(model, c, world):
@@ -353,36 +363,78 @@ def place_model(model, c, world):
     return model.to(world.device)
 
 
+def choose_dtype(c, model, data, world, before=None):
+    """The dtype in which to compute matrix products. For dtype="auto" on a CPU, the faster one in two steps of each.
+
+    before: name of the dtype that the run had before it was resumed. Trying a dtype changes no weight.
+    """
+    if c.dtype != "auto":
+        return getattr(torch, c.dtype)
+    if world.device.type != "cpu":
+        has_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if before:
+        return getattr(torch, before)
+    number, stage = len(c.stages) - 1, list(c.stages.values())[-1]
+    batch, seconds = micro_batches(0, data.train, stage, number, c, model.config, world)[-1], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for _ in range(2):  # the second time counts, because the first time takes longer
+            began = time.perf_counter()
+            add_gradients(model, [batch], c.beta, make_autocast(dtype, world.device), ALONE)
+            seconds[dtype] = time.perf_counter() - began
+    model.zero_grad()
+    single, half = (all_sum(list(seconds.values()), world) / world.size).tolist()  # so that all processes agree
+    if world.rank == 0:
+        print(f"dtype=auto: {single:.2f} s a micro-batch in float32, {half:.2f} s in bfloat16")
+    return torch.bfloat16 if half < single else torch.float32
+
+
 def set_trainable(model, what):
     """Freeze all weights but `what`: "all"; "new", which SmolTolk adds; or "text", the backbone."""
     for name, p in model.named_parameters():
         p.requires_grad_(what in ("all", "new" if is_new(name) else "text"))
 
 
-def make_optimizer(model, c):
-    """A new AdamW for the trainable weights, grouped by module (backbone or new). Only matrices have weight decay."""
-    groups = []
-    for new in (False, True):
-        for matrix in (True, False):
-            params = [p for name, p in model.named_parameters()
-                      if p.requires_grad and is_new(name) == new and (p.dim() >= 2) == matrix]
-            if params:
-                groups.append(dict(params=params, weight_decay=c.weight_decay if matrix else 0.0, new=new))
-    return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
+def make_optimizers(model, c):
+    """New optimizers for the trainable weights: AdamW, and Muon for the matrices of all layers if c.optimizer says so.
 
-
-def load_optimizer(optimizer, model, folder):
-    """Read the state of AdamW from a checkpoint."""
-    saved = load_file(folder / "optimizer.safetensors")
+    Weights are grouped by module (backbone or new). Only matrices have weight decay.
+    """
+    groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            optimizer.state[p] = {k: saved[f"{name}.{k}"].to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+            kind = Muon if c.optimizer == "muon" and "_proj." in name else torch.optim.AdamW
+            groups.setdefault((kind, is_new(name), p.dim() >= 2), []).append(p)
+    optimizers = []
+    for kind, options in ((torch.optim.AdamW, dict(betas=(c.beta1, c.beta2), fused=True)), (Muon, {})):
+        its_groups = [dict(params=params, new=new, weight_decay=c.weight_decay if is_matrix else 0.0)
+                      for (its_kind, new, is_matrix), params in groups.items() if its_kind is kind]
+        if its_groups:
+            optimizers.append(kind(its_groups, **options))
+    return optimizers
+
+
+def optimizer_state(optimizers, model):
+    """{"<name of a weight>.<name of a moment>": tensor}"""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f"{names[p]}.{key}": value for optimizer in optimizers for p, state in optimizer.state.items()
+            for key, value in state.items()}
+
+
+def load_optimizers(optimizers, model, folder):
+    """Read the state of the optimizers from a checkpoint."""
+    saved, names = load_file(folder / "optimizer.safetensors"), {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p] = {key: saved[f"{names[p]}.{key}"].to(p.device) for key in keys}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # starting a run, checkpoints, and ending it
 
-def save_checkpoint(run, model, optimizer, progress):
+def save_checkpoint(run, model, optimizers, progress):
     """Write checkpoint-<step>: weights, tokenizer.json, units.json, optimizer.safetensors and train.json.
 
     If this fails, for example on a full disk, training continues. run.unsaved holds the error message until a later
@@ -391,15 +443,13 @@ def save_checkpoint(run, model, optimizer, progress):
     if run.world.rank != 0:
         return
     folder = Path(run.c.out_dir) / f"checkpoint-{progress['total']:08d}"
-    names = {p: name for name, p in model.named_parameters()}
-    moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
     run.unsaved.clear()
     try:
         with whole_folder(folder) as new:
             save_pretrained(model, new)
             for name, contents in run.data.files.items():
                 (new / name).write_bytes(contents)
-            save_file(moments, new / "optimizer.safetensors")
+            save_file(optimizer_state(optimizers, model), new / "optimizer.safetensors")
             (new / "train.json").write_text(json.dumps(dict(place=progress, **run.about), indent=1))
         checkpoint.prune(run.c.out_dir, run.c.keep_checkpoints, run.c.keep_every)
     except (OSError, SafetensorError) as error:
@@ -474,13 +524,14 @@ def main(argv):
         check_cloze(data.cloze, model.config.max_position_embeddings)
     except ValueError as error:  # its message names the file and the fault
         raise SystemExit(str(error)) from None
-    dtype = pick_dtype(c.dtype, world.device)
-    autocast = make_autocast(dtype, world.device)
+    dtype = choose_dtype(c, model, data, world, progress.get("dtype"))
+    progress["dtype"], autocast = str(dtype).removeprefix("torch."), make_autocast(dtype, world.device)
+    share_cores(model)
     if world.rank == 0:
         replace_file(Path(c.out_dir) / "settings.json", json.dumps(vars(c), indent=1))
         text_size, new_size = count_parameters(model)
         print(f"{c.out_dir}: {text_size / 1e6:.2f}M text + {new_size / 1e6:.2f}M speech parameters on {world.size} x"
-              f" {world.device.type} in {str(dtype).removeprefix('torch.')}")
+              f" {world.device.type} in {progress['dtype']}")
     with checkpoint.listen() as heard:
         run = Run(c, world, data, about, Log(c, world, progress), autocast, heard, resumed, [])
         run.log.changed(dict(step=progress["total"], stage=list(c.stages)[progress["stage"]], changed=changed))
@@ -584,8 +635,10 @@ def check_settings(settings, name, world):
                          f" {c.sequence_length * world.size}")
     if c.wandb_project and not importlib.util.find_spec("wandb"):
         raise SystemExit("wandb_project: wandb is missing: pip install wandb")
-    if c.dtype not in ("auto", "bfloat16", "float32"):
-        raise SystemExit(f"dtype={c.dtype}: choose auto, bfloat16 or float32")
+    choices = dict(dtype=("auto", "bfloat16", "float32"), optimizer=("adamw", "muon"), new_modules=NEW_MODULES)
+    for key, allowed in choices.items():
+        if getattr(c, key) not in allowed:
+            raise SystemExit(f"{key}={getattr(c, key)}: choose {', '.join(allowed[:-1])} or {allowed[-1]}")
     return c
 
 

@@ -1,5 +1,5 @@
 """
-Choose the device and the precision, and make the process reuse memory.
+Choose the device, and make the process reuse memory.
 """
 import ctypes
 import sys
@@ -18,16 +18,6 @@ def pick_device(name):
     if not available[name]:
         raise SystemExit(f"device={name}: torch {torch.__version__} sees none on this machine; choose auto or cpu")
     return name
-
-
-def pick_dtype(name, device):
-    """"auto", "bfloat16" or "float32" -> a torch dtype. auto: bfloat16 if the hardware supports it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
 
 
 def make_autocast(dtype, device):

@@ -191,7 +191,7 @@ def test_on_another_number_of_processes(whole, demo_folder, tmp_path, before, af
 
 
 @pytest.mark.parametrize("point, n, step, number", [
-    ("train.make_optimizer", 1, 1, signal.SIGTERM),  # before the first step
+    ("train.make_optimizers", 1, 1, signal.SIGTERM),  # before the first step
     ("train.schedule", 7, 7, signal.SIGUSR1),        # amid a stage
     ("train.heldout_nll", 2, 5, signal.SIGINT),      # in a validation
     ("train.topic_cloze", 6, 17, signal.SIGTERM)])   # in the final table

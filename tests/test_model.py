@@ -149,6 +149,21 @@ def test_a_new_model_starts_from_the_identity():
     assert m.layer_selector.weight.grad.norm() > 0
 
 
+def test_other_starts_of_new_modules():
+    """As torch.nn.Linear starts: uniform in +-1/sqrt(inputs), whose standard deviation is 1/sqrt(3 inputs)."""
+    config = dataclasses.replace(TINY, hidden_size=64, intermediate_size=96)
+    torch.manual_seed(0)
+    default, release = SmolTolk(config).start_new_modules("default"), SmolTolk(config).start_new_modules("release")
+    for m in (default.requires_grad_(False), release.requires_grad_(False)):
+        for layer in [*m.input_adapter, *m.output_adapter]:
+            for matrix in (layer.self_attn.o_proj.weight, layer.self_attn.q_proj.weight, layer.mlp.down_proj.weight):
+                assert float(matrix.std()) == pytest.approx((3 * matrix.size(1)) ** -0.5, rel=0.1)
+        assert float(m.model.layers[0].mlp.down_proj.weight.std()) == pytest.approx(config.initializer_range, rel=0.1)
+    assert not default.layer_selector.weight.any() and release.layer_selector.weight.abs().max() > 0.1
+    assert float(default.speech_embed.weight.std()) == pytest.approx(config.initializer_range, rel=0.1)
+    assert float(release.speech_embed.weight.std()) == pytest.approx(0.02, rel=0.1)
+
+
 @torch.no_grad()
 def test_losses_and_entropy():
     m, ids = make(), interleaved(6, 41)

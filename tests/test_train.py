@@ -19,6 +19,7 @@ from model import Config, SmolTolk, from_pretrained, make_layout, selector_entro
 from runtime.datasets import open_set
 from runtime.distributed import ALONE, World
 from runtime.log import flat, read_log
+from runtime.muon import Muon, orthogonalise
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = dict(
@@ -37,8 +38,8 @@ def arguments(demo_folder, out, **more):
         interleaved=[str(demo_folder / "paired")], cloze=demo_folder / "cloze", stages=STAGES, hidden_size=32,
         intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         input_adapter_layers=1, output_adapter_layers=1, sequence_length=64, batch_tokens=64 * 12, micro_batch=12,
-        beta=0.05, log_interval=1, eval_interval=5, eval_sequences=6, checkpoint_interval=5, keep_checkpoints=99,
-        dtype="float32", device="cpu")
+        optimizer="muon", beta=0.05, log_interval=1, eval_interval=5, eval_sequences=6, checkpoint_interval=5,
+        keep_checkpoints=99, dtype="float32", device="cpu")
     values |= {f"val_{kind}": [str(demo_folder / "val")] for kind in ("text", "speech", "interleaved")}
     return [f"--{key}={value}" for key, value in (values | more).items()]
 
@@ -105,15 +106,70 @@ def test_schedule():
     assert set(rates[99:801]) == {1.0} and rates[900] == pytest.approx(0.5) and rates[999] == pytest.approx(0.005)
 
 
-def test_weight_decay_on_matrices_only():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_on_matrices_only(name):
     model = SmolTolk(TINY)
-    optimizer = train.make_optimizer(model, SimpleNamespace(weight_decay=0.1, beta1=0.9, beta2=0.95))
+    settings = SimpleNamespace(optimizer=name, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    optimizers = train.make_optimizers(model, settings)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = {p: n for n, p in model.named_parameters()}
-    decayed = {names[p] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(names)
+    decayed = {names[p] for g in groups if g["weight_decay"] for p in g["params"]}
+    assert sum(len(g["params"]) for g in groups) == len(names)
     assert decayed == {n for n in names.values() if not n.endswith(("norm.weight", "bias", "phi"))}
-    for group in optimizer.param_groups:  # phi and the selector learn at the new modules' rate, not the backbone's
+    for group in groups:  # phi and the selector learn at the new modules' rate, not the backbone's
         assert all(names[p].startswith("model.") != group["new"] for p in group["params"])
+    by_muon = {names[p] for o in optimizers if isinstance(o, Muon) for g in o.param_groups for p in g["params"]}
+    assert by_muon == {n for n in names.values() if name == "muon" and n.endswith("_proj.weight")}
+
+
+def test_muon_is_that_of_torch():
+    """torch.optim.Muon computes in bfloat16, so single numbers agree to about 1%."""
+    torch.manual_seed(0)
+    shapes = (12, 12), (12, 12), (8, 20), (20, 8)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    first = [p.detach().clone() for p in ours]
+    optimizers = (Muon([dict(params=ours, lr=0.1, weight_decay=0.3)]),
+                  torch.optim.Muon(theirs, lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, start in zip(ours, theirs, first):
+        assert (p - q).norm() < 0.02 * (q - start).norm()
+
+
+def test_orthogonalise_keeps_singular_vectors():
+    x = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    inside = u.mT @ orthogonalise(x) @ vt.mT  # diagonal if the singular vectors are the same
+    torch.testing.assert_close(inside, torch.diag_embed(inside.diagonal(dim1=1, dim2=2)), atol=1e-4, rtol=0)
+    assert ((0.6 < inside.diagonal(dim1=1, dim2=2)) & (inside.diagonal(dim1=1, dim2=2) < 1.3)).all()
+
+
+def test_dtype_auto_chooses_the_faster(run, demo_folder, tmp_path, monkeypatch, capsys):
+    """And a resumed run keeps its choice, even if the other one is faster now."""
+    clock, slow = [0.0], [torch.float32]
+
+    def add_gradients(model, batches, beta, autocast, world):
+        clock[0] += 2 if autocast.dtype == slow[0] else 1
+
+    settings, name = train.configure(train.DEFAULTS, arguments(demo_folder, tmp_path, dtype="auto"),
+                                     train.complete_stages)
+    c = train.check_settings(settings, name, ALONE)
+    data = train.open_data(c, ALONE)
+    model = train.build_model(c, data.tokenizer)
+    monkeypatch.setattr(train, "make_autocast", lambda dtype, device: SimpleNamespace(dtype=dtype))
+    monkeypatch.setattr(train, "add_gradients", add_gradients)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    for slow[0], wanted in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        assert train.choose_dtype(c, model, data, ALONE) == wanted
+    assert "1.00 s a micro-batch in float32, 2.00 s in bfloat16" in capsys.readouterr().out
+    assert train.choose_dtype(c, model, data, ALONE, "bfloat16") == torch.bfloat16
+    c.dtype = "bfloat16"
+    assert train.choose_dtype(c, model, data, ALONE) == torch.bfloat16
 
 
 @pytest.mark.parametrize("more, message", [

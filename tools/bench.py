@@ -48,7 +48,7 @@ from data import open_source
 from evaluate import log_likelihood
 from model import LLAMA, Config, is_new
 from runtime.datasets import FORMAT, write_set
-from runtime.devices import make_autocast, pick_dtype, reuse_memory
+from runtime.devices import make_autocast, reuse_memory
 from runtime.distributed import ALONE, distribute, join_world, leave_world
 from runtime.log import utilisation
 from runtime.tokenizer import Tokenizer
@@ -157,6 +157,13 @@ def make_model(c, world):
     return train.place_model(train.build_model(c, SimpleNamespace(eos=0)), c, world)
 
 
+def choose_dtype(c, world, folder):
+    """The name of the dtype that train.py chooses for these settings."""
+    sources = dict.fromkeys(("text", "speech", "interleaved"), open_source("interleaved", [folder]))
+    dtype = train.choose_dtype(c, make_model(c, world), SimpleNamespace(train=sources), world)
+    return str(dtype).removeprefix("torch.")
+
+
 def write_random_set(folder, vocab_size, n_units, n_documents=400):
     """A paired data set of random ids: documents of 250 words, 1.3 text tokens and 5 units a word on average."""
     rng = np.random.default_rng(0)
@@ -198,16 +205,17 @@ def draw_steps(c, world, stage, config, folder):
 def step_of_smoltolk(c, world, model, stage):
     """A function that takes one training step of our model, as the loop of train.py does."""
     train.set_trainable(model, stage["train"])
-    optimizer = train.make_optimizer(model, c)
-    autocast = make_autocast(pick_dtype(c.dtype, world.device), world.device)
+    optimizers = train.make_optimizers(model, c)
+    autocast = make_autocast(getattr(torch, c.dtype), world.device)
     net = distribute(model, world)
 
     def run(batches):
         train.add_gradients(net, batches, c.beta, autocast, world)
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
         norm.item()  # train.py checks it in every step, and for that a GPU has to finish its work
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=world.size == 1)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=world.size == 1)
 
     return run
 
@@ -220,7 +228,7 @@ def step_of_llama(c, world, config):
     llama = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).to(world.device)
     optimizer = torch.optim.AdamW(llama.parameters(), betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
     net = torch.compile(llama) if c.compile else llama
-    autocast = make_autocast(pick_dtype(c.dtype, world.device), world.device)
+    autocast = make_autocast(getattr(torch, c.dtype), world.device)
 
     def run(batches):
         for batch in batches:
@@ -288,7 +296,7 @@ def bench_score(c, other, world, folder):
 def bench_generate(c, other, world, folder):
     """Text tokens in one row, with the reading of the prompt and without, and the bound by memory bandwidth."""
     device = world.device
-    model = make_model(c, world).to(pick_dtype(c.dtype, device)).eval()
+    model = make_model(c, world).to(getattr(torch, c.dtype)).eval()
     ids = torch.randint(1, c.vocab_size, (1, PROMPT + NEW), device=device)
 
     def pick(logits):
@@ -385,12 +393,14 @@ def main(argv):
     c = prepare(settings, name, world)
     other = prepare(changed, name, world) if c.pair else None
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
-    about = dict(device=device, processes=world.size, threads=torch.get_num_threads(), torch=torch.__version__,
-                 compile=c.compile, dtype=str(pick_dtype(c.dtype, world.device)).removeprefix("torch."))
-    report = dict(settings=vars(c), about=about, machine=measure_machine(c, world.device))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "set"  # each process writes its own, and all are the same
         write_random_set(folder, c.vocab_size, c.n_units)
+        for its_settings in (c, other) if other else (c,):
+            its_settings.dtype = choose_dtype(its_settings, world, folder)
+        about = dict(device=device, processes=world.size, threads=torch.get_num_threads(), torch=torch.__version__,
+                     compile=c.compile, dtype=c.dtype)
+        report = dict(settings=vars(c), about=about, machine=measure_machine(c, world.device))
         for part in c.what.split(","):
             report[part] = PARTS[part](c, other, world, folder)
             if world.rank == 0:  # after each part, because the next one may fail
