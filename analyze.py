@@ -15,9 +15,6 @@ the speech EOS and then the units of an utterance. The omega of a unit is taken 
 read that unit, as in Eq. 3. With --omega_at=predicted it is taken one position earlier, where the model predicts the
 unit. A peak of omega marks the first unit of a word. The start and the end of an utterance do not count as boundaries.
 """
-from runtime.threads import share_cores  # before torch, because it sets how threads wait for each other
-
-# isort: split
 import csv
 import itertools
 import json
@@ -41,6 +38,7 @@ from model import TEXT_ONLY, from_pretrained
 from runtime.checkpoint import made_with
 from runtime.devices import pick_device
 from runtime.log import flat, read_log
+from runtime.threads import share_cores
 
 checkpoint = "out/train_tiny"   # folders of runs or of models, separated by commas
 data = "data/demo/test"         # folder of a paired data set, or of recordings if corpus is set

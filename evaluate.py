@@ -12,9 +12,6 @@ The tasks are topic_cloze and nll (the scores of a training run), blimp, mmlu, s
 librispeech and text. benchmarks/__init__.py describes the files and the protocol of each task. An option such as
 --protocol.blimp.score=mean changes a protocol. Every result is written with its protocol.
 """
-from runtime.threads import share_cores  # before torch, because it sets how threads wait for each other
-
-# isort: split
 import json
 import sys
 import time
@@ -39,6 +36,7 @@ from model import SmolTolk, count_parameters, from_pretrained, make_layout
 from runtime.checkpoint import made_with, newest
 from runtime.distributed import ALONE, World, all_sum, join_world, leave_world, on_first
 from runtime.files import digest, read_json
+from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
 checkpoint = "out/train_tiny"    # folder of a run (its newest checkpoint is scored) or of a model

@@ -14,9 +14,6 @@ The modality is chosen by --to, never by the model. Each part uses one head only
 other modality or a switch token. A part ends at the EOS of its modality, which is dropped, or at its maximum length.
 Then the model reads a switch token, and the next part uses the other head.
 """
-from runtime.threads import share_cores  # before torch, because it sets how threads wait for each other
-
-# isort: split
 import codecs
 import itertools
 import json
@@ -35,6 +32,7 @@ from data import prompt_sequence
 from evaluate import newest_checkpoint
 from model import TEXT_ONLY, from_pretrained, new_cache
 from runtime.devices import pick_device
+from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
 checkpoint = "out/train_tiny"  # folder of a run (its newest checkpoint is used) or of a model, SmolTolk or SmolLM

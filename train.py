@@ -11,9 +11,6 @@ settings.json, log.jsonl (one line per logged step), checkpoint-* and, at the en
 SIGTERM, SIGUSR1 or Ctrl-C a run finishes its present step, writes a checkpoint and ends. If a loss or gradient is not
 finite, the run names the sequences that caused it and ends without changing a weight.
 """
-from runtime.threads import share_cores  # before torch, because it sets how threads wait for each other
-
-# isort: split
 import dataclasses
 import importlib.util
 import json
@@ -53,6 +50,7 @@ from runtime.distributed import ALONE, World, all_sum, distribute, join_world, l
 from runtime.files import DataError, read_json, replace_file, whole_folder
 from runtime.log import Log
 from runtime.muon import Muon
+from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------

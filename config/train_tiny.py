@@ -9,7 +9,8 @@ num_key_value_heads = 4
 sequence_length = 256
 batch_tokens = 12 * 256
 micro_batch = 12
-beta = 0.05
+beta = 0.1
+dtype = "float32"  # on all machines, so that a table means the same everywhere
 
 # Stage `text` trains the text LM that SmolTolk starts from. It stands in for the pre-training of SmolLM.
 stages = dict(

@@ -1,5 +1,5 @@
 """
-Share the cores of a CPU with other programs. Import this module before torch.
+Share the cores of a CPU with other programs.
 
 torch divides each operation among several threads. A thread that has finished waits for the others in a loop, which
 occupies its core. If another program needs that core as well, every operation is late. Training the tiny run on two
@@ -9,9 +9,7 @@ import os
 import sys
 import time
 
-# Let a thread wait only briefly before it sleeps. OpenMP reads this variable when torch is imported.
-if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+import torch
 
 INTERVAL = 0.5  # seconds between two looks at what other programs do
 
@@ -22,8 +20,6 @@ def share_cores(model):
     The number is adjusted before a forward pass, at most every INTERVAL seconds. Sums are rounded differently with
     another number of threads. For results that are equal to the bit, fix the number with OMP_NUM_THREADS.
     """
-    import torch  # not at the top: the variable above must be set before
-
     if "OMP_NUM_THREADS" in os.environ or next(model.parameters()).device.type != "cpu" or sys.platform != "linux":
         return
     cores = os.sched_getaffinity(0)

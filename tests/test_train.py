@@ -149,15 +149,14 @@ def test_orthogonalise_keeps_singular_vectors():
     assert ((0.6 < inside.diagonal(dim1=1, dim2=2)) & (inside.diagonal(dim1=1, dim2=2) < 1.3)).all()
 
 
-def test_dtype_auto_chooses_the_faster(run, demo_folder, tmp_path, monkeypatch, capsys):
+def test_dtype_auto_chooses_the_faster(demo_folder, tmp_path, monkeypatch, capsys):
     """And a resumed run keeps its choice, even if the other one is faster now."""
     clock, slow = [0.0], [torch.float32]
 
     def add_gradients(model, batches, beta, autocast, world):
         clock[0] += 2 if autocast.dtype == slow[0] else 1
 
-    settings, name = train.configure(train.DEFAULTS, arguments(demo_folder, tmp_path, dtype="auto"),
-                                     train.complete_stages)
+    settings, name = configure(train.DEFAULTS, arguments(demo_folder, tmp_path, dtype="auto"), train.complete_stages)
     c = train.check_settings(settings, name, ALONE)
     data = train.open_data(c, ALONE)
     model = train.build_model(c, data.tokenizer)
