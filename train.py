@@ -49,7 +49,6 @@ from runtime.devices import make_autocast, reuse_memory
 from runtime.distributed import ALONE, World, all_sum, distribute, join_world, leave_world, on_first
 from runtime.files import DataError, read_json, replace_file, whole_folder
 from runtime.log import Log
-from runtime.muon import Muon
 from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
@@ -396,20 +395,20 @@ def set_trainable(model, what):
 def make_optimizers(model, c):
     """New optimizers for the trainable weights: AdamW, and Muon for the matrices of all layers if c.optimizer says so.
 
-    Weights are grouped by module (backbone or new). Only matrices have weight decay.
+    Weights are grouped by module (backbone or new). Only matrices have weight decay. Muon makes all singular values of
+    a step about equal. Its steps are scaled to the size of those of AdamW, so both use the same learning rate.
     """
-    groups = {}
+    AdamW, Muon, groups = torch.optim.AdamW, torch.optim.Muon, {}
+    options = {AdamW: dict(betas=(c.beta1, c.beta2), fused=True), Muon: dict(adjust_lr_fn="match_rms_adamw")}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = Muon if c.optimizer == "muon" and "_proj." in name else torch.optim.AdamW
+            kind = Muon if c.optimizer == "muon" and "_proj." in name else AdamW
             groups.setdefault((kind, is_new(name), p.dim() >= 2), []).append(p)
-    optimizers = []
-    for kind, options in ((torch.optim.AdamW, dict(betas=(c.beta1, c.beta2), fused=True)), (Muon, {})):
-        its_groups = [dict(params=params, new=new, weight_decay=c.weight_decay if is_matrix else 0.0)
-                      for (its_kind, new, is_matrix), params in groups.items() if its_kind is kind]
-        if its_groups:
-            optimizers.append(kind(its_groups, **options))
-    return optimizers
+    of_kind = {}
+    for (kind, new, is_matrix), params in groups.items():
+        group = dict(params=params, new=new, weight_decay=c.weight_decay if is_matrix else 0.0)
+        of_kind.setdefault(kind, []).append(group)
+    return [kind(its_groups, **options[kind]) for kind, its_groups in of_kind.items()]
 
 
 def optimizer_state(optimizers, model):
@@ -423,7 +422,8 @@ def load_optimizers(optimizers, model, folder):
     """Read the state of the optimizers from a checkpoint."""
     saved, names = load_file(folder / "optimizer.safetensors"), {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        is_muon = isinstance(optimizer, torch.optim.Muon)
+        keys = ("momentum_buffer",) if is_muon else ("step", "exp_avg", "exp_avg_sq")
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p] = {key: saved[f"{names[p]}.{key}"].to(p.device) for key in keys}
