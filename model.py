@@ -519,7 +519,8 @@ def forward_flops(config, rows, length, speaks=True, n_text=0, n_speech=0):
     """(backbone, added modules): floating point operations of one forward pass. A multiply-add counts as two.
 
     The count covers matrix products, causal attention, and the heads at n_text and n_speech targets. It leaves out
-    norms, softmax and pooling (under 1%). Training takes three times as many, or twice as many for frozen weights.
+    norms, softmax, pooling, and the layer weights that Eq. 6 needs in text batches (under 1%). Training takes three
+    times as many, or twice as many for frozen weights.
     """
     d, L, positions = config.hidden_size, config.num_hidden_layers, rows * length
     d_kv = d // config.num_attention_heads * config.num_key_value_heads

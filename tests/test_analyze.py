@@ -171,7 +171,7 @@ def test_forward_flops_are_what_torch_counts(overrides, speaks):
         layout = layout._replace(speech=None)
     # torch cannot count the CPU's attention kernel, but it can count its plain matrix products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        out = SmolTolk(config)(ids[:, :-1], ids[:, 1:], layout)
+        out = SmolTolk(config).eval()(ids[:, :-1], ids[:, 1:], layout)
     counted = sum(forward_flops(config, rows, T, speaks, len(out.text_nll), len(out.speech_nll)))
     # torch counts attention over all T x T pairs, forward_flops the causal T (T + 1) / 2
     layers = config.num_hidden_layers + speaks * (config.input_adapter_layers + config.output_adapter_layers)
