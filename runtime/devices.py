@@ -1,5 +1,5 @@
 """
-Choose the device, and make the process reuse memory.
+Choose the device, set the precision of matrix products, and make the process reuse memory.
 """
 import ctypes
 import sys
