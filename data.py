@@ -279,7 +279,12 @@ def loader(sources, stage, stage_number, first, settings, config, world):
     world          a runtime.distributed.World
     A thread makes the batches of the next steps. If it fails at a step, the exception is raised at that step.
     """
-    steps, worker = range(first, stage["steps"]), ThreadPoolExecutor(1)
+
+    def start_thread():  # a new thread works with the first GPU, and page-locked memory would take room there
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)
+
+    steps, worker = range(first, stage["steps"]), ThreadPoolExecutor(1, initializer=start_thread)
     jobs = (worker.submit(micro_batches, step, sources, stage, stage_number, settings, config, world) for step in steps)
     waiting = deque(islice(jobs, STEPS_AHEAD))
     try:

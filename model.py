@@ -50,11 +50,14 @@ try:  # FlashAttention for the input adapter on CUDA: from this package or, if i
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-# The argument that makes varlen_attn causal differs between releases of torch.
-CAUSAL = dict(is_causal=True) if "is_causal" in signature(varlen_attn).parameters else dict(window_size=(-1, 0))
+# The arguments of varlen_attn differ between releases of torch.
+VARLEN = signature(varlen_attn).parameters
+CAUSAL = dict(is_causal=True) if "is_causal" in VARLEN else dict(window_size=(-1, 0))
 
 NEW_MODULES = ("identity", "default", "release")  # see SmolTolk.start_new_modules
-LOGITS_AT_ONCE = 1 << 27  # the largest number of logits in memory when the loss is computed: 0.5 GB in fp32
+# The largest number of logits in memory when the loss is computed: 0.5 GB in fp32. Compiled, they are kept in bf16 and
+# only once, so that 4 GB hold 43,000 targets. Then no micro-batch needs a second computation of its logits.
+LOGITS_AT_ONCE, COMPILED_LOGITS_AT_ONCE = 1 << 27, 1 << 31
 
 
 @dataclass
@@ -204,6 +207,8 @@ def attend_runs(q, k, v, runs, longest):
     """
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(q, k, v, runs, runs, longest, longest, causal=True)
+    if "enable_gqa" in VARLEN:
+        return varlen_attn(q, k, v, runs, runs, longest, longest, **CAUSAL, enable_gqa=True)
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # torch 2.11 needs H_kv = H here
     return varlen_attn(q, k, v, runs, runs, longest, longest, **CAUSAL)
 
@@ -253,6 +258,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    compiled = None  # torch.compile(self.forward) for training, see SmolTolk.compile_training
+
     def __init__(self, config):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
@@ -269,7 +276,8 @@ def apply_layers(layers, x, rope, mask=None, runs=None, slots=None, cache=None):
     states = [x]
     for i, layer in enumerate(layers):
         past = None if cache is None else (*cache[i], slots)
-        states.append(layer(states[-1], rope, mask, runs, past))
+        forward = layer.compiled if layer.training and layer.compiled else layer
+        states.append(forward(states[-1], rope, mask, runs, past))
     return states
 
 
@@ -319,7 +327,7 @@ def make_layout(ids, targets, config):
 
 
 class SmolTolk(nn.Module):
-    compiled_read = None  # train.py may put torch.compile(model.read) here; it is used in training mode
+    compiled_pool = compiled_nll = None  # see compile_training
 
     def __init__(self, config):
         super().__init__()
@@ -373,6 +381,18 @@ class SmolTolk(nn.Module):
             nn.init.normal_(self.speech_embed.weight, std=0.02)
         return self
 
+    def compile_training(self):
+        """Compile what training spends its time in: the layers, layer pooling and the loss.
+
+        All layers share one graph, which takes seconds where the whole forward pass takes minutes. Each layer ends its
+        own backward pass, so that DistributedDataParallel can send its gradients while the next layer is computed.
+        """
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.compiled = torch.compile(module.forward, dynamic=True)
+        self.compiled_pool = torch.compile(self.pool, dynamic=True)
+        self.compiled_nll = torch.compile(nll_of_piece, dynamic=True)  # the number of targets always differs
+
     def forward(self, ids, targets=None, layout=None, cache=None):
         """The forward pass -> Output, with losses if targets are given.
 
@@ -388,8 +408,7 @@ class SmolTolk(nn.Module):
             layout = make_layout(ids, targets, self.config)
         if layout is None:
             return self.read(ids, cache=cache)
-        read = self.compiled_read if self.training and self.compiled_read else self.read
-        out = read(ids, layout.runs, layout.branch, layout.speech is not None, cache)
+        out = self.read(ids, layout.runs, layout.branch, layout.speech is not None, cache)
         return out if targets is None else self.add_losses(out, targets, layout)
 
     def read(self, ids, runs=None, branch=None, speaks=True, cache=None):
@@ -418,11 +437,10 @@ class SmolTolk(nn.Module):
             x = torch.where(is_speech[..., None], x, z)
         hidden = apply_layers(self.model.layers, x, rope, seen, None, slots, pasts[1])
         hidden[-1] = self.model.norm(hidden[-1])
-        # In training, Eq. 6 averages the entropy of the layer weights over text sequences too.
-        log_omega = self.layer_weights(hidden[1:]) if speaks or self.training else None
+        pool = self.compiled_pool if self.training and self.compiled_pool else self.pool
+        log_omega, pooled = pool(hidden[1:], speaks)
         if not speaks:
             return Output(hidden[-1], None, hidden, log_omega)
-        pooled = self.pool(hidden[1:], log_omega)
         speech = pooled + z if self.config.residual else pooled  # Eq. 5
         speech = apply_layers(self.output_adapter, speech, rope, seen, None, slots, pasts[2])[-1]
         return Output(hidden[-1], speech, hidden, log_omega)
@@ -444,29 +462,35 @@ class SmolTolk(nn.Module):
         """[c(1) .. c(L)], each [B, T, d] -> c' [B, T, d], the same mixture of layers at all positions (Eq. 4)."""
         return sum(w * c for w, c in zip(self.phi.softmax(0), layers))
 
-    def layer_weights(self, layers):
-        """[c(1) .. c(L)] -> ln omega [B, T, L], the layer weights of each position; None without a layer selector."""
-        if self.config.layer_pooling != "dynamic":
-            return None
-        return self.layer_selector(self.mix(layers)).float().log_softmax(-1)
+    def pool(self, layers, speaks=True):
+        """Layer pooling: [c(1) .. c(L)], each [B, T, d] -> (ln omega [B, T, L], pooled layers [B, T, d]).
 
-    def pool(self, layers, log_omega):
-        """Layer pooling: [c(1) .. c(L)], each [B, T, d], and ln omega [B, T, L] or None -> [B, T, d]."""
+        ln omega, the layer weights of each position, is None without a layer selector. If not speaks, the pooled layers
+        are None. In training ln omega is still computed, because Eq. 6 averages its entropy over text sequences too.
+        """
         if self.config.layer_pooling == "last":
-            return layers[-1]
+            return None, layers[-1]
+        if not (speaks or self.training):
+            return None, None
+        mixture = self.mix(layers)
         if self.config.layer_pooling == "fixed":
-            return self.mix(layers)
+            return None, mixture
+        log_omega = self.layer_selector(mixture).float().log_softmax(-1)
+        if not speaks:
+            return log_omega, None
         omega = log_omega.exp().to(layers[0].dtype)
-        return sum(w * c for w, c in zip(omega.split(1, dim=-1), layers))  # Eq. 3
+        return log_omega, sum(w * c for w, c in zip(omega.split(1, dim=-1), layers))  # Eq. 3
 
     def add_losses(self, out, targets, layout):
         """The Output with -ln p of each target. Each head is computed only at the positions where it has a target."""
-        targets = targets.flatten()
-        text_nll = nll(out.text.flatten(0, 1)[layout.text], self.model.embed_tokens.weight, targets[layout.text])
+        targets, compiled = targets.flatten(), self.compiled_nll if self.training else None
+        text = out.text.flatten(0, 1)[layout.text]
+        text_nll = nll(text, self.model.embed_tokens.weight, targets[layout.text], compiled)
         if layout.speech is None:
             return out._replace(text_nll=text_nll, speech_nll=text_nll.new_zeros(0))
         units = targets[layout.speech] - self.config.vocab_size
-        speech_nll = nll(out.speech.flatten(0, 1)[layout.speech], self.speech_embed.weight[:-1], units)
+        speech = out.speech.flatten(0, 1)[layout.speech]
+        speech_nll = nll(speech, self.speech_embed.weight[:-1], units, compiled)
         return out._replace(text_nll=text_nll, speech_nll=speech_nll)
 
     def text_logits(self, x):
@@ -478,22 +502,23 @@ class SmolTolk(nn.Module):
         return F.linear(x, self.speech_embed.weight[:-1])
 
 
-def nll(x, weight, targets):
+def nll(x, weight, targets, compiled=None):
     """-ln p(target) in nats, p = softmax(W x): x [n, d], weight W [V, d], targets [n] -> fp32 [n].
 
     The logits are the largest tensors (n x 49152). If n is large, they are computed in pieces, and again in backward.
+    compiled: torch.compile(nll_of_piece), or None.
     """
     # For a parameter, but not for a view, autocast would keep a bf16 copy and sum its gradients in bf16.
     weight = weight.view_as(weight)
-
-    def of_piece(x, targets):
-        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
-
-    size = max(1, LOGITS_AT_ONCE // len(weight))
+    size = max(1, (COMPILED_LOGITS_AT_ONCE if compiled else LOGITS_AT_ONCE) // len(weight))
     if len(x) <= size:
-        return of_piece(x, targets)
-    return torch.cat([checkpoint(of_piece, *piece, use_reentrant=False, preserve_rng_state=False)
-                      for piece in zip(x.split(size), targets.split(size))])
+        return (compiled or nll_of_piece)(x, weight, targets)
+    return torch.cat([checkpoint(compiled or nll_of_piece, x, weight, targets, use_reentrant=False,
+                                 preserve_rng_state=False) for x, targets in zip(x.split(size), targets.split(size))])
+
+
+def nll_of_piece(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
 
 
 def selector_entropy(log_omega):

@@ -356,7 +356,7 @@ def place_model(model, c, world):
     """Move the model to the device, and apply the settings that change its speed or memory. Returns it."""
     model.apply(lambda module: setattr(module, "recompute", c.recompute))  # only MLP uses it
     if c.compile:
-        model.compiled_read = torch.compile(model.read)
+        model.compile_training()
     return model.to(world.device)
 
 
@@ -512,8 +512,8 @@ def finish(run, model, progress, started):
 @record  # makes torchrun report the process that failed first
 def main(argv):
     settings, name = configure(DEFAULTS, argv, complete_stages)
-    reuse_memory()
     world, started = join_world(settings["device"]), time.perf_counter()
+    reuse_memory(world.device)
     c = check_settings(settings, name, world)
     try:
         data = open_data(c, world)

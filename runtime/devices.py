@@ -25,9 +25,12 @@ def make_autocast(dtype, device):
     return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
 
 
-def reuse_memory():
-    """Make glibc keep freed memory. Otherwise each training step on a CPU maps and clears new pages for its tensors."""
-    if sys.platform == "linux":
+def reuse_memory(device):
+    """Make glibc keep freed memory. Otherwise each training step on a CPU maps and clears new pages for its tensors.
+
+    With a GPU this would only cost memory: what loading and saving a checkpoint has freed would never be given back.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # musl lacks it
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
         mallopt(-4, 0)   # M_MMAP_MAX: take everything from the heap

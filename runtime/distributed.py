@@ -84,6 +84,9 @@ def distribute(model, world):
     """The model as training calls it. If torchrun started the processes, backward() averages gradients over them."""
     if not dist.is_initialized():
         return model
+    # torch.compile would cut each layer where one of DDP's buckets ends. Layers are compiled one by one, so that
+    # gradients are sent during backward anyway.
+    torch._dynamo.config.optimize_ddp = False
     for p in model.parameters():  # DDP turns gradients that exist into views of its buckets; later ones would be copies
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,

@@ -14,7 +14,9 @@ from tqdm import tqdm
 from runtime.distributed import all_sum
 from runtime.files import replace_file
 
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense, FLOP/s
+# Peak rates in dense bf16 from the data sheets, FLOP/s. The first key that the device's name contains counts.
+PEAK_BF16 = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+             "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 class Log:

@@ -40,7 +40,7 @@ def test_every_part_is_timed(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
     machine = dict.fromkeys(["float32", "bfloat16", "memory"], dict(flops=1e9, spread=[0.01], per_second=1e10))
     monkeypatch.setattr(bench, "measure_machine", lambda c, device: machine)
-    monkeypatch.setattr(bench, "reuse_memory", lambda: None)
+    monkeypatch.setattr(bench, "reuse_memory", lambda device: None)
     monkeypatch.setattr(bench, "NEW", 4)
     monkeypatch.setattr(bench, "LARGE", 10**6)
     bench.main(arguments(out=tmp_path / "bench.json", pair="residual=false sequence_length=32", reference=True,

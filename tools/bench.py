@@ -388,8 +388,8 @@ def main(argv):
     changed = copy.deepcopy(settings)
     for change in settings["pair"].split():
         apply_override(changed, DEFAULTS, f"--{change}")
-    reuse_memory()
     world = join_world(settings["device"])
+    reuse_memory(world.device)
     c = prepare(settings, name, world)
     other = prepare(changed, name, world) if c.pair else None
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
