@@ -384,13 +384,15 @@ class SmolTolk(nn.Module):
     def compile_training(self):
         """Compile what training spends its time in: the layers, layer pooling and the loss.
 
-        All layers share one graph, which takes seconds where the whole forward pass takes minutes. Each layer ends its
+        All layers share their graphs. This takes seconds where the whole forward pass takes minutes. Each layer ends its
         own backward pass, so that DistributedDataParallel can send its gradients while the next layer is computed.
+        torch compiles a second time when the number of rows changes, and keeps that size alone variable. (With
+        dynamic=True the length is variable too, and a step on a GPU is slower.)
         """
         for module in self.modules():
             if isinstance(module, Layer):
-                module.compiled = torch.compile(module.forward, dynamic=True)
-        self.compiled_pool = torch.compile(self.pool, dynamic=True)
+                module.compiled = torch.compile(module.forward)
+        self.compiled_pool = torch.compile(self.pool)
         self.compiled_nll = torch.compile(nll_of_piece, dynamic=True)  # the number of targets always differs
 
     def forward(self, ids, targets=None, layout=None, cache=None):

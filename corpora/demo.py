@@ -42,7 +42,7 @@ from scipy.io import wavfile
 from tqdm import tqdm
 
 from configurator import configure
-from corpora.common import one_blas_thread
+from corpora.common import worker_environment
 from runtime.datasets import write_set
 from runtime.files import read_json, whole_folder
 from runtime.tokenizer import Tokenizer
@@ -273,7 +273,7 @@ def speak_all(sets, n_units, seed, workers):
     for name, stories in sets.items():
         rng = random.Random(f"{seed} {name}")
         jobs[name] = [(story, rng.choice(DEMO_SPEAKERS)) for story in stories]
-    with one_blas_thread(), multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with worker_environment(), multiprocessing.get_context("spawn").Pool(workers) as pool:
         frames, voices = zip(*pool.map(features, jobs["paired"][:FIT_ON], 8))
         codebook = fit_mel_units(frames, n_units, seed, voices=voices)
         for name, its_jobs in jobs.items():
