@@ -384,7 +384,7 @@ class SmolTolk(nn.Module):
     def compile_training(self):
         """Compile what training spends its time in: the layers, layer pooling and the loss.
 
-        All layers share their graphs. This takes seconds where the whole forward pass takes minutes. Each layer ends its
+        All layers share their graphs, so this takes seconds, not minutes. Each layer ends its
         own backward pass, so that DistributedDataParallel can send its gradients while the next layer is computed.
         torch compiles a second time when the number of rows changes, and keeps that size alone variable. (With
         dynamic=True the length is variable too, and a step on a GPU is slower.)

@@ -21,11 +21,11 @@ STUDY = Study(
     runs=dict(
         smoltolk=Run("SmolTolk", "config/train_tiny.py"),
         baseline=Run("vocabulary expansion, as in the paper: no stage 1", "config/baseline_tiny.py"),
-        equal_steps=Run("the same, as many steps", "config/baseline_tiny.py --stages.stage2.steps=1000"),
+        equal_steps=Run("the same, as many steps", "config/baseline_tiny.py --stages.stage2.steps=940"),
         equal_flops=Run("the same, as much compute", "config/baseline_tiny.py --stages.stage2.steps=1595"),
         # The backbone has four more layers in place of SmolTolk's four adapter layers.
         equal_parameters=Run("the same, as many steps and parameters",
-                             "config/baseline_tiny.py --num_hidden_layers=8 --stages.stage2.steps=1000"),
+                             "config/baseline_tiny.py --num_hidden_layers=8 --stages.stage2.steps=940"),
         no_input_adapter=Run("- input adapter", "config/train_tiny.py --input_adapter_layers=0"),
         no_output_adapter=Run("- output adapter", "config/train_tiny.py --output_adapter_layers=0"),
         no_adapters=Run("- adapters", "config/train_tiny.py --input_adapter_layers=0 --output_adapter_layers=0"),
