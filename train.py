@@ -1,7 +1,7 @@
 """
 Train a text-speech language model, stage by stage.
 
-    python train.py config/train_tiny.py                          a tiny run, which first makes its data: nine minutes
+    python train.py config/train_tiny.py                          a tiny run, which first makes its data: three minutes
     torchrun --nproc_per_node=4 train.py config/train_150m.py     four GPUs
     python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100 --out_dir=out/mine
     python train.py config/train_tiny.py --resume=true            continue exactly from the newest checkpoint
@@ -400,7 +400,8 @@ def make_optimizers(model, c):
     three iterations, not five as usual, because on a CPU they cost time and the scores of the tiny run are no worse.
     """
     AdamW, Muon, groups = torch.optim.AdamW, torch.optim.Muon, {}
-    options = {AdamW: dict(betas=(c.beta1, c.beta2), fused=True), Muon: dict(adjust_lr_fn="match_rms_adamw", ns_steps=3)}
+    options = {AdamW: dict(betas=(c.beta1, c.beta2), fused=True),
+               Muon: dict(adjust_lr_fn="match_rms_adamw", ns_steps=3)}
     for name, p in model.named_parameters():
         if p.requires_grad:
             kind = Muon if c.optimizer == "muon" and "_proj." in name else AdamW

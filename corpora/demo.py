@@ -211,7 +211,7 @@ def write_stories(count, seed):
 # with "+f2". "+f2", "+f3" and "+f5" are not used: their breath noise depends on the clock, so runs would differ.
 SPEAKERS = (("en-us", 200, 40), ("en-us+m3", 210, 50), ("en-us+f1", 200, 65), ("en-us+m7", 190, 35),
             ("en-gb-x-rp", 200, 45), ("en-us+f4", 210, 60), ("en-gb-scotland", 195, 50), ("en-gb-x-rp+f4", 190, 70))
-# The demo has four of them, so that a short run learns to understand them. studies/small and corpora/prose.py use all.
+# The demo uses four of them, so that a short run learns to understand them. studies/small and corpora/prose.py use all.
 DEMO_SPEAKERS = (0, 2, 4, 5)
 
 # White noise ("hiss") is added to each recording, at a signal-to-noise ratio drawn uniformly from this range in dB.

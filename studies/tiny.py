@@ -17,15 +17,15 @@ from studies.study import Run, Study, main
 STUDY = Study(
     name="tiny",
     help=__doc__,
-    time="Each run takes six to ten minutes of one core, so all 33 runs take 3.3 to 5.5 hours.",
+    time="Each run takes one to five minutes of one core, so all 33 runs take about two hours.",
     runs=dict(
         smoltolk=Run("SmolTolk", "config/train_tiny.py"),
         baseline=Run("vocabulary expansion, as in the paper: no stage 1", "config/baseline_tiny.py"),
         equal_steps=Run("the same, as many steps", "config/baseline_tiny.py --stages.stage2.steps=940"),
-        equal_flops=Run("the same, as much compute", "config/baseline_tiny.py --stages.stage2.steps=1595"),
+        equal_flops=Run("the same, as much compute", "config/baseline_tiny.py --stages.stage2.steps=1684"),
         # The backbone has four more layers in place of SmolTolk's four adapter layers.
         equal_parameters=Run("the same, as many steps and parameters",
-                             "config/baseline_tiny.py --num_hidden_layers=8 --stages.stage2.steps=940"),
+                             "config/baseline_tiny.py --num_hidden_layers=7 --stages.stage2.steps=940"),
         no_input_adapter=Run("- input adapter", "config/train_tiny.py --input_adapter_layers=0"),
         no_output_adapter=Run("- output adapter", "config/train_tiny.py --output_adapter_layers=0"),
         no_adapters=Run("- adapters", "config/train_tiny.py --input_adapter_layers=0 --output_adapter_layers=0"),
