@@ -55,8 +55,8 @@ VARLEN = signature(varlen_attn).parameters
 CAUSAL = dict(is_causal=True) if "is_causal" in VARLEN else dict(window_size=(-1, 0))
 
 NEW_MODULES = ("identity", "default", "release")  # see SmolTolk.start_new_modules
-# The largest number of logits in memory when the loss is computed: 0.5 GB in fp32. Compiled, they are kept in bf16 and
-# only once, so that 4 GB hold 43,000 targets. Then no micro-batch needs a second computation of its logits.
+# The largest number of logits in memory when the loss is computed: 0.5 GB in fp32. Compiled, they are kept only once,
+# in the dtype of autocast: 4 GB in bf16 for 43,000 targets. Then no micro-batch has to compute its logits twice.
 LOGITS_AT_ONCE, COMPILED_LOGITS_AT_ONCE = 1 << 27, 1 << 31
 
 
@@ -361,9 +361,9 @@ class SmolTolk(nn.Module):
         default    The adapters start as nn.Linear does.
         release    As in the authors' code: as "default", the layer selector too, and smaller speech embeddings.
 
-        In the first two the layer selector starts at zero, so that omega is the same for all layers. With random
-        weights it selects a single layer from the first step on, because a trained backbone has large hidden states.
-        docs/from_the_paper.md compares the three.
+        In the first two the layer selector starts at zero, so that omega is the same for all layers. In "release" it
+        begins with a few layers, because a trained backbone has large hidden states. Still, speech is learned fastest
+        from "release". docs/results.md compares the three.
         """
         for layer in [*self.input_adapter, *self.output_adapter]:
             if start == "identity":
@@ -384,10 +384,9 @@ class SmolTolk(nn.Module):
     def compile_training(self):
         """Compile what training spends its time in: the layers, layer pooling and the loss.
 
-        All layers share their graphs, so this takes seconds, not minutes. Each layer ends its
-        own backward pass, so that DistributedDataParallel can send its gradients while the next layer is computed.
-        torch compiles a second time when the number of rows changes, and keeps that size alone variable. (With
-        dynamic=True the length is variable too, and a step on a GPU is slower.)
+        All layers share their graphs, so this takes seconds, not minutes. Each layer ends its own backward pass, so
+        that DistributedDataParallel can send its gradients while the next layer is computed. When the number of rows
+        changes, torch compiles a second time, and that graph serves any number of rows.
         """
         for module in self.modules():
             if isinstance(module, Layer):

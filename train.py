@@ -396,12 +396,10 @@ def make_optimizers(model, c):
     """New optimizers for the trainable weights: AdamW, and Muon for the matrices of all layers if c.optimizer says so.
 
     Weights are grouped by module (backbone or new). Only matrices have weight decay. Muon makes all singular values of
-    a step about equal. Its steps are scaled to the size of those of AdamW, so both use the same learning rate. It takes
-    three iterations, not five as usual, because on a CPU they cost time and the scores of the tiny run are no worse.
+    a step about equal. Its steps are scaled to the size of those of AdamW, so both use the same learning rate.
     """
     AdamW, Muon, groups = torch.optim.AdamW, torch.optim.Muon, {}
-    options = {AdamW: dict(betas=(c.beta1, c.beta2), fused=True),
-               Muon: dict(adjust_lr_fn="match_rms_adamw", ns_steps=3)}
+    options = {AdamW: dict(betas=(c.beta1, c.beta2), fused=True), Muon: dict(adjust_lr_fn="match_rms_adamw")}
     for name, p in model.named_parameters():
         if p.requires_grad:
             kind = Muon if c.optimizer == "muon" and "_proj." in name else AdamW

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_train.py: train a small compiled model as train.py does, and count graphs.
+"""Run under torchrun by test_cuda.py: train a small compiled model as train.py does, and count graphs.
 
 Prints {stage: [numbers of graphs made in each of its steps]} in JSON. The number of rows differs between micro-batches.
 """

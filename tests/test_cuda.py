@@ -104,6 +104,7 @@ def test_graphs_of_torch_compile():
     """As torchrun runs it, over twenty steps whose micro-batches differ in their numbers of rows and of targets."""
     launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1",
                                str(ROOT / "tests/count_graphs.py")], capture_output=True, text=True)
+    assert launched.returncode == 0, launched.stderr
     counts = json.loads(launched.stdout.splitlines()[-1])
     # Stage 1: a layer with masks, a frozen one and a trained one, and layer pooling, each for one number of rows and
     # for any; the losses of both heads. Stage 2: pooling of text batches, the loss of a batch without text targets.
