@@ -466,8 +466,8 @@ class SmolTolk(nn.Module):
     def pool(self, layers, speaks=True):
         """Layer pooling: [c(1) .. c(L)], each [B, T, d] -> (ln omega [B, T, L], pooled layers [B, T, d]).
 
-        ln omega, the layer weights of each position, is None without a layer selector. If not speaks, the pooled layers
-        are None. In training ln omega is still computed, because Eq. 6 averages its entropy over text sequences too.
+        ln omega, the layer weights of each position, is None without a layer selector. If not speaks, nobody reads the
+        pooled layers. ln omega is still computed in training, because Eq. 6 averages its entropy over text too.
         """
         if self.config.layer_pooling == "last":
             return None, layers[-1]
@@ -511,11 +511,12 @@ def nll(x, weight, targets, compiled=None):
     """
     # For a parameter, but not for a view, autocast would keep a bf16 copy and sum its gradients in bf16.
     weight = weight.view_as(weight)
-    size = max(1, (COMPILED_LOGITS_AT_ONCE if compiled else LOGITS_AT_ONCE) // len(weight))
+    of_piece, at_once = (compiled, COMPILED_LOGITS_AT_ONCE) if compiled else (nll_of_piece, LOGITS_AT_ONCE)
+    size = max(1, at_once // len(weight))
     if len(x) <= size:
-        return (compiled or nll_of_piece)(x, weight, targets)
-    return torch.cat([checkpoint(compiled or nll_of_piece, x, weight, targets, use_reentrant=False,
-                                 preserve_rng_state=False) for x, targets in zip(x.split(size), targets.split(size))])
+        return of_piece(x, weight, targets)
+    return torch.cat([checkpoint(of_piece, rows, weight, ids, use_reentrant=False, preserve_rng_state=False)
+                      for rows, ids in zip(x.split(size), targets.split(size))])
 
 
 def nll_of_piece(x, weight, targets):

@@ -392,7 +392,7 @@ def make(
     vocab_size=1400,  # text tokens, at most
     workers=2,        # processes; the data does not depend on their number
 ):
-    """Make the demo, in about half a minute, and return its demo.json. A finished demo with these parameters is kept.
+    """Make the demo, in less than a minute, and return its demo.json. A finished demo with these parameters is kept.
 
     Raises SystemExit if `out` is something else, RuntimeError if espeak-ng is missing.
     """
@@ -402,7 +402,7 @@ def make(
     if out.exists():
         return reuse(out, parameters)
     espeak_paths()  # raises at once if espeak-ng is missing
-    print(f"making {out}: {train + val + test} stories are spoken and cut into units, about half a minute", flush=True)
+    print(f"making {out}: {train + val + test} stories are spoken and cut into units, less than a minute", flush=True)
     began = time.time()
     stories = write_stories(test + val + train + text, seed)
     sets = {}

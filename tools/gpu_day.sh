@@ -94,7 +94,10 @@ case "${1:-}" in
     ;;
 2) speed ;;
 3) run_study [1] '["smoltolk","baseline"]' ;;
-4) run_study [1] "$ablations" && run_study [1] '["equal_flops"]' ;;
+4)
+    run_study [1] "$ablations"
+    run_study [1] '["equal_flops"]'
+    ;;
 5)
     run_study [1,2,3] '["smoltolk","baseline"]'
     [ "${MINIATURE:-}" ] || run_study [1] '["smoltolk_300m","baseline_300m"]'
