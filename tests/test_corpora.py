@@ -1,4 +1,4 @@
-"""Sound files, and corpora/: each layout becomes the right data sets; bad items, shards and interruptions."""
+"""corpora/: each layout becomes the right data sets; bad items, shards and interruptions."""
 import gzip
 import io
 import itertools
@@ -150,56 +150,6 @@ def aligner(monkeypatch):
     monkeypatch.setattr(common, "load_aligner", lambda folder, device: "aligner")
     monkeypatch.setattr(common, "align", align)
     return calls
-
-
-# sound files
-
-def sound(samples, rate=RATE, **options):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("suffix, tolerance", [("wav", 3e-5), ("flac", 3e-5), ("mp3", 0.06), ("sph", 5e-5)])
-def test_sound_files_are_read_in_spans(tmp_path, suffix, tolerance):
-    waveform, path = say(SENTENCES[0])[0], tmp_path / f"a.{suffix}"
-    path.write_bytes(sound(waveform, format="NIST" if suffix == "sph" else suffix))
-    read = read_audio(str(path))
-    assert read.dtype == np.float32 and read.shape == waveform.shape
-    assert np.sqrt(np.mean((read - waveform) ** 2)) < tolerance
-    assert np.array_equal(read_audio(path.read_bytes(), 0.5), read[8000:])
-    assert read_audio(str(path), 1.0, 1.65) == pytest.approx(read[16000:], abs=1e-4)  # the file ends after 1.6 s
-    for span in ((-1, None), (5, None), (0, 5), (1, 1)):
-        with pytest.raises(ValueError, match="^span outside the audio: "):
-            read_audio(str(path), *span)
-
-
-@pytest.mark.parametrize("rate", [8000, 44100])
-def test_other_rates_are_resampled_and_channels_averaged(tmp_path, rate):
-    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate) * 0.5
-    soundfile.write(tmp_path / "a.wav", np.stack([tone, 0 * tone], 1), rate)
-    read = read_audio(str(tmp_path / "a.wav"), 0.2, 0.7)
-    want = np.sin(2 * np.pi * 440 * (0.2 + np.arange(8000) / RATE)) * 0.25
-    assert len(read) in (8000, 8001) and np.abs(read[400:7600] - want[400:7600]).max() < 2e-3
-
-
-FLAC, WAV, NIST = (sound(say(SENTENCES[0])[0], format=format) for format in ("FLAC", "WAV", "NIST"))
-NAN = sound(np.array([0.1, np.nan] * 8000), format="WAV", subtype="FLOAT")
-SHORTEN = b"NIST_1A\n   1024\nsample_coding -s26 pcm,embedded-shorten-v2.00\n".ljust(1024)
-
-
-@pytest.mark.parametrize("content, reason", [
-    (FLAC[:9000], "unreadable audio"), (b"this is no sound file\n" * 50, "unreadable audio"),
-    (sound(np.zeros(9), 1, format="WAV"), "unreadable audio: .* 1 samples a second"),
-    (WAV[:-2], "unreadable audio: .* breaks off"),  # libsndfile reads it without a warning
-    (NIST[:-2], "unreadable audio: .* breaks off"), (SHORTEN, "unreadable audio: .*convert it: sph2pipe"),
-    (b"", "empty audio"), (sound(np.zeros(0), format="WAV"), "empty audio"), (NAN, "audio is not finite"),
-    (FLAC[:21] + b"\xff" * 5 + FLAC[26:], "audio too long")])  # 36 bits of length
-def test_unusable_audio_has_a_reason(tmp_path, content, reason):
-    (tmp_path / "a.flac").write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{reason}") as caught:
-        read_audio(str(tmp_path / "a.flac"))
-    assert "a.flac" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_no_name_leads_out_of_the_source(tmp_path):
@@ -408,7 +358,7 @@ def test_each_bad_item_is_dropped_with_its_reason(tools, tmp_path, aligner):
     path = tmp_path / "in/good.flac"
     timed = record(path, SENTENCES[0])
     for name, seconds in (("short", 0.01), ("long", 2)):
-        soundfile.write(tmp_path / f"in/{name}.wav", np.zeros(int(seconds * RATE)), RATE)
+        soundfile.write(tmp_path / f"in/{name}.wav", np.ones(int(seconds * RATE)).cumsum() % 2, RATE)
     good = dict(audio="good.flac", text=SENTENCES[0], words=timed)
     late = [(word, a + 0.16, b + 0.16) for word, a, b in timed]
     last = dict(audio="good.flac", start=WORD, end=5 * WORD, text="had your dark suit.", words=timed[1:])
