@@ -15,24 +15,27 @@ Layout below --source:
 Text in brackets, as in `[this is a simple beep tone]`, is not spoken and is left out.
 """
 
-import gzip
 import re
 
 from corpora import common, files
+from runtime.files import find_files
 
 
 def find(source, settings):
-    return files.find_files(source, ["core-sounds-en.txt.gz"])
+    return find_files(source, ["core-sounds-en.txt.gz"])
 
 
 def read(path, settings):
     sounds = path.parents[3] / "share/asterisk/sounds/en_US_f_Allison"
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            name, colon, text = line.partition(": ")
-            text = re.sub(r"\[[^]]*\]|\([^)]*\)", "", text).strip()
-            if colon and text and not line.startswith(";"):
-                yield common.Item(name, files.inside(sounds, f"{name}.g722"), text=text)
+    for line in files.lines(path):
+        name, colon, text = line.partition(": ")
+        text = re.sub(r"\[[^]]*\]|\([^)]*\)", "", text).strip()
+        if line.startswith(";"):
+            continue
+        if colon and text:
+            yield common.Item(name, files.inside(sounds, f"{name}.g722"), text=text)
+        else:
+            yield common.Bad(name, ValueError(f"no transcript: {line[:60]!r} has no words"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ network, and assigns units to words (finish). It writes the documents in parts (
 command resumes after the last finished part. The data is the same as without the kill.
 
 An item with any fault is dropped. dropped.jsonl in its part says why, and report.json in --out counts the reasons.
+Files below --source that no item comes from are listed in left_out.json, and report.json counts their endings.
 
 Only the main process reads the files of a corpus. For a text set it can keep four or five workers busy. To use more
 cores, start several shards.
@@ -43,10 +44,10 @@ from tqdm import tqdm
 
 from configurator import configure
 from corpora.parts import Bad, Document, finished_parts, write_part, write_report
-from runtime.files import one_line
+from runtime.files import find_files, one_line, read_json, replace_file
 from runtime.tokenizer import Tokenizer
 from speech.align import align, load_aligner
-from speech.audio import SAMPLE_RATE, read_audio
+from speech.audio import SAMPLE_RATE, check_sound, read_audio
 from speech.transcripts import match_words
 from speech.units import load_units, n_frames, read_vocabulary, word_units
 
@@ -63,6 +64,7 @@ DEFAULTS = dict(
     part_tokens=1 << 26,          # the data set is written in parts of about this many tokens
     max_seconds=300.0,            # items with longer audio are dropped
 )
+PART_NAME = re.compile(r"(?:\.unfinished-)?shard-\d+-of-\d+-\d{5}")  # the folder of a part, see make()
 BLOCK = dict(text=256, speech=64, paired=64)  # items in a block; a worker takes a sixteenth of a block at a time
 AHEAD = 2  # how many blocks the workers may be ahead of the main process
 
@@ -135,6 +137,8 @@ def hear(item, settings, seconds):
         else:
             waveform, times = read_audio(item.audio, item.start, item.end, settings["max_seconds"]), None
     duration = len(waveform) / SAMPLE_RATE
+    if synthesised:
+        check_sound(waveform, item.id)
     if duration > settings["max_seconds"]:
         raise ValueError(f"audio too long: {duration:.0f} s in {item.id}, see --max_seconds")
     if paired and item.words is not None:
@@ -223,11 +227,17 @@ def worker_pool(workers):
 # ---------------------------------------------------------------------------------------------------------------------
 # In the main process
 
-def read_files(files, read, settings, bar):
-    """Yield all items of a corpus, in order. A damaged file counts as one more item, a Bad."""
+def read_files(files, read, settings, bar, used):
+    """Yield all items of a corpus, in order. A damaged file counts as one more item, a Bad.
+
+    used: a set, to which the paths of sound files are added.
+    """
     for path in files:
         try:
-            yield from read(path, settings)
+            for item in read(path, settings):
+                if isinstance(item, Item) and isinstance(item.audio, str | os.PathLike):
+                    used.add(Path(item.audio))
+                yield item
         except Exception as error:
             if type(error) is RuntimeError:  # an optional package is missing
                 raise SystemExit(str(error)) from None
@@ -347,11 +357,31 @@ def identify(corpus, files, n_shards, models, settings):
         aligner=models.aligner and (listing_hash(settings["aligner"], aligner) if aligner else settings["aligner"]))
 
 
-def make(corpus, find, read, settings, kinds):
+def is_result(path, out):
+    """Whether a file was made by these scripts, and so does not belong to a corpus."""
+    inside_out = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(out))
+    return inside_out or any(PART_NAME.fullmatch(folder) for folder in path.parts[:-1])
+
+
+def write_left_out(out, source, used, companions):
+    """Write OUT/left_out.json, a list of the files below `source` that no item comes from.
+
+    companions: endings of files that are not listed, such as word times
+    """
+    found = find_files(source) if source.is_dir() else []
+    left = [path for path in found if path not in used and not path.name.lower().endswith(tuple(companions))]
+    left = [str(path) for path in left if not is_result(path, out)]
+    replace_file(out / "left_out.json", json.dumps(left, indent=1))
+
+
+def make(corpus, find, read, settings, kinds, companions=()):
     """Make the missing parts of one shard of a corpus, and return the report. Raises SystemExit if that fails."""
     shard, n_shards = check(settings, kinds)
     out, kind = Path(settings["out"]), settings["kind"]
-    files = find(Path(settings["source"]), settings)
+    source = Path(os.path.normpath(settings["source"]))
+    if out.resolve() == source.resolve():
+        raise SystemExit(f"--out={out}: is --source; give a folder of its own, which may lie inside --source")
+    files = [path for path in find(source, settings) if path.exists() and not is_result(path, out)]
     if not files:
         raise SystemExit(f"--source={settings['source']}: nothing of {corpus} found; its script describes the layout")
     models = load_models(settings)
@@ -368,7 +398,8 @@ def make(corpus, find, read, settings, kinds):
     bar = tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc=corpus, disable=None)
     with worker_pool(settings["workers"]) as pool, bar:
         first = done[-1]["next"] if done else 0
-        items = read_files(files, read, settings, bar)
+        used = set(files)
+        items = read_files(files, read, settings, bar, used)
         items = itertools.islice(items, shard + first * n_shards, None, n_shards)
         blocks = make_blocks(items, settings | dict(mel=mel), models, pool)
         while not (done and done[-1]["last"]):
@@ -377,19 +408,25 @@ def make(corpus, find, read, settings, kinds):
                                    identity))
             first = done[-1]["next"]
             bar.set_postfix(parts=len(done), items=first)
+            if done[-1]["last"]:  # all items were read
+                write_left_out(out, source, used, companions)
+    left_out = Counter(Path(path).suffix.lower() for path in read_json(out / "left_out.json", list))
     name = "report.json" if n_shards == 1 else f"report-{shard}-of-{n_shards}.json"
-    return write_report(out / name, dict(corpus=corpus, shard=settings["shard"], kind=kind), done)
+    return write_report(out / name, dict(corpus=corpus, shard=settings["shard"], kind=kind, left_out=left_out), done)
 
 
-def main(corpus, find, read, kinds=("paired", "speech", "text"), **options):
+def main(corpus, find, read, kinds=("paired", "speech", "text"), companions=(), **options):
     """The command line of a corpus.
 
-    kinds: the kinds of set that it can make, the default first; options: its further settings with their defaults.
+    kinds: the kinds of set that it can make, the default first; companions: endings of files that read() may open too;
+    options: its further settings with their defaults.
     """
     defaults = DEFAULTS | dict(kind=kinds[0]) | options
     settings, _ = configure(defaults, sys.argv[1:], described_in=[__file__])
-    report = make(corpus, find, read, settings, kinds)
+    report = make(corpus, find, read, settings, kinds, companions)
     print(json.dumps(report, indent=1))
+    if left_out := sum(report["left_out"].values()):
+        print(f"left out: {left_out} files below --source, see {settings['out']}/left_out.json")
     if report["documents"] == 0:
         raise SystemExit(f"{settings['out']}: not one document from {report['items']} items; dropped "
                          f"{report['dropped']}")

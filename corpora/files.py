@@ -1,24 +1,18 @@
 """
-Functions that several corpora use: find files, read lines of JSON and parquet, check paths, and cut long recordings.
+Functions that several corpora use: read lines, JSON and parquet, check paths, and cut long recordings.
 """
 
-import gzip
 import importlib
-import io
+import lzma
 import os
+import zlib
 from pathlib import Path
 
 from corpora.parts import Bad
-from runtime.files import one_line, parse_json
+from runtime.files import one_line, open_text, parse_json
 
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz")
 BATCH = 16  # rows of a parquet file in memory at once; rows with sound are large
-
-
-def find_files(source, suffixes):
-    """Return all files below a folder that have one of these endings, sorted. If source is a file, return that file."""
-    if Path(source).is_file():
-        return [Path(source)]
-    return sorted(path for path in Path(source).rglob("*") if path.name.endswith(tuple(suffixes)) and path.is_file())
 
 
 def need(name):
@@ -32,19 +26,24 @@ def need(name):
 
 def lines(path):
     """Return the non-empty lines of a text file. Bytes that are not UTF-8 become surrogates."""
-    return [line for line in path.read_text("utf-8", errors="surrogateescape").split("\n") if line.strip()]
+    return [line for _, line in numbered_lines(path)]
 
 
-def json_lines(path):
-    """Yield (id, line) for each non-empty line of a .jsonl, .jsonl.gz or .jsonl.zst file."""
-    with open(path, "rb") as file:
-        if path.name.endswith(".gz"):
-            file = gzip.open(file)
-        elif path.name.endswith(".zst"):
-            file = io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(file))
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path.name}:{number}", line
+def numbered_lines(path):
+    """Yield (id, line) for each non-empty line of a text file, perhaps compressed. The id is NAME:NUMBER.
+
+    Bytes that are not UTF-8 become surrogates, so that only their line is bad. ValueError if the file breaks off.
+    """
+    number = 0
+    try:
+        with open_text(path, "surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path.name}:{number}", line.rstrip("\n")
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"breaks off after line {number}; what follows is lost, copy it again") from None
 
 
 def parquet_rows(path, columns):
@@ -61,15 +60,17 @@ def parquet_rows(path, columns):
 
 
 def convert(records, to_items):
-    """Yield the items of to_items(id, record) for each (id, record), and a Bad for a record where it fails.
-
-    A record of bytes is a line of JSON, and to_items gets the dict in it.
-    """
+    """Yield the items of to_items(id, record) for each (id, record), and a Bad for a record where it fails."""
     for name, record in records:
         try:
-            yield from to_items(name, parse_json(record, name, dict) if isinstance(record, bytes) else record)
+            yield from to_items(name, record)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             yield Bad(name, ValueError(f"unreadable record: {name} ({one_line(error)})"))
+
+
+def convert_json(path, to_items):
+    """The same for the lines of a .jsonl file, perhaps compressed, each of which holds a dict."""
+    return convert(numbered_lines(path), lambda name, line: to_items(name, parse_json(line, name, dict)))
 
 
 def inside(folder, name):
@@ -87,13 +88,3 @@ def cut(start, end, longest):
         raise ValueError(f"unreadable record: a span from {start} to {end} s")
     n = max(1, -int(-(end - start) // longest))
     return [(start + (end - start) * i / n, start + (end - start) * (i + 1) / n) for i in range(n)]
-
-
-def duration(path):
-    """Return the length of a sound file in seconds. Raises ValueError if it cannot be opened."""
-    import soundfile
-
-    try:
-        return soundfile.info(path).duration
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ValueError(f"unreadable audio: {path} ({one_line(error)})") from None

@@ -17,12 +17,13 @@ without the ending. Word times come from the aligner.
 import os
 
 from corpora import common, files
+from runtime.files import find_files
 
 
 def find(source, settings):
     if settings["kind"] != "text" and not os.path.isdir(settings["audio"]):
         raise SystemExit(f"--audio={settings['audio']}: give the folder of Libri-Light")
-    return files.find_files(source, (".jsonl.gz", ".jsonl"))
+    return find_files(source, files.JSONL)
 
 
 def read(path, settings):
@@ -32,7 +33,7 @@ def read(path, settings):
         text = supervision["custom"]["texts"][0]
         yield common.Item(str(cut["id"]), audio, start, start + float(cut["duration"]), text)
 
-    return files.convert(files.json_lines(path), items)
+    return files.convert_json(path, items)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ the pauses between them, up to --segment seconds. A longer span, or a chapter wi
 """
 
 from corpora import common, files
-from runtime.files import one_line, read_json
+from runtime.files import find_files, one_line, read_json
+from speech.audio import duration
 
 
 def find(source, settings):
-    return files.find_files(source, [".flac"])
+    return find_files(source, [".flac"])
 
 
 def join(spans, longest):
@@ -40,7 +41,7 @@ def read(path, settings):
         yield common.Bad(path.stem, ValueError(f"unreadable voice activity: {meta} ({one_line(error)})"))
         return
     try:
-        spans = join(spans or [(0.0, files.duration(path))], settings["segment"])
+        spans = join(spans or [(0.0, duration(path))], settings["segment"])
     except ValueError as error:
         yield common.Bad(path.stem, error)
         return
@@ -50,6 +51,6 @@ def read(path, settings):
 
 if __name__ == "__main__":
     common.main(
-        "librilight", find, read, kinds=("speech",),
+        "librilight", find, read, kinds=("speech",), companions=[".json"],
         segment=30.0,  # longest document, in seconds
     )

@@ -22,13 +22,14 @@ import re
 from pathlib import Path
 
 from corpora import common, files
+from runtime.files import find_files
 from speech.word_times import read_textgrid, timed_word
 
 
 def find(source, settings):
     if settings["alignments"] and not os.path.isdir(settings["alignments"]):
         raise SystemExit(f"--alignments={settings['alignments']}: there is no such folder")
-    return files.find_files(source, [".trans.txt"])
+    return find_files(source, [".trans.txt"])
 
 
 def read_alignments(path):
@@ -63,6 +64,6 @@ def read(path, settings):
 
 if __name__ == "__main__":
     common.main(
-        "librispeech", find, read,
+        "librispeech", find, read, companions=(".textgrid", ".alignment.txt"),
         alignments="",  # folder of word times; empty: they are in the folders of the sound
     )

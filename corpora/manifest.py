@@ -14,11 +14,12 @@ word, in seconds from the beginning of the file. It is not needed with --aligner
 """
 
 from corpora import common, files
+from runtime.files import find_files
 from speech.word_times import timed_word
 
 
 def find(source, settings):
-    return files.find_files(source, (".jsonl", ".jsonl.gz", ".jsonl.zst"))
+    return find_files(source, files.JSONL)
 
 
 def read(path, settings):
@@ -29,7 +30,7 @@ def read(path, settings):
             words = [timed_word(word, first, last, name) for word, first, last in words]
         yield common.Item(name, audio, float(start or 0), None if end is None else float(end), text, words)
 
-    return files.convert(files.json_lines(path), items)
+    return files.convert_json(path, items)
 
 
 if __name__ == "__main__":

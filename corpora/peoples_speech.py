@@ -13,10 +13,11 @@ punctuation.
 """
 
 from corpora import common, files
+from runtime.files import find_files
 
 
 def find(source, settings):
-    return files.find_files(source, (".parquet", ".json"))
+    return find_files(source, (".parquet", ".json"))
 
 
 def read(path, settings):
@@ -28,9 +29,9 @@ def read(path, settings):
         for sound, text in zip(data["name"], data["label"], strict=True):
             yield common.Item(sound, files.inside(path.with_suffix(""), sound), text=text)
 
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return files.convert(files.parquet_rows(path, ["id", "audio", "text"]), row_items)
-    return files.convert(files.json_lines(path), line_items)
+    return files.convert_json(path, line_items)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import functools
 import re
 import zlib
 
-from corpora import common, demo, files
+from corpora import common, demo
+from runtime.files import find_files, open_text
 
 FRAME = re.compile(r"\*\*\* ?(?:START|END) OF TH[^*]*\*\*\*")  # Project Gutenberg's marks around a book
 ENDS = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bMessrs)[.!?]["')\]”’]*$""")  # a sentence's last word
@@ -27,7 +28,7 @@ def find(source, settings):
     unknown = [speaker for speaker in settings["speakers"] if speaker not in range(len(demo.SPEAKERS))]
     if unknown or not settings["speakers"]:
         raise SystemExit(f"--speakers={settings['speakers']}: give numbers from 0 to {len(demo.SPEAKERS) - 1}")
-    return files.find_files(source, [".txt"])
+    return find_files(source, [".txt"])
 
 
 def passages(text, size):
@@ -45,7 +46,8 @@ def passages(text, size):
 
 
 def read(path, settings):
-    parts = FRAME.split(path.read_text("utf-8-sig", errors="surrogateescape"))
+    with open_text(path, "surrogateescape") as file:
+        parts = FRAME.split(file.read())
     for number, text in enumerate(passages(max(parts, key=len), settings["passage"])):
         name = f"{path.stem}-{number:05}"
         speaker = settings["speakers"][zlib.crc32(name.encode()) % len(settings["speakers"])]

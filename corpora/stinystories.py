@@ -14,11 +14,12 @@ Each shard reads all files. To split the work among machines, give each machine 
 """
 
 from corpora import common, files
+from runtime.files import find_files
 from speech.word_times import timed_word
 
 
 def find(source, settings):
-    return files.find_files(source, [".parquet"])
+    return find_files(source, [".parquet"])
 
 
 def read(path, settings):

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from corpora import common, files
-from runtime.files import reading
+from runtime.files import find_files, reading
+from speech.audio import duration
 from speech.transcripts import comparable
 from speech.word_times import read_text, timed_word
 
@@ -91,15 +92,16 @@ def sentence_words(sentence, path):
 
 
 def find(source, settings):
-    return files.find_files(source, ["aligned.swc"])
+    return find_files(source, ["aligned.swc"])
 
 
 def read(path, settings):
     article = path.parent.name
-    recordings = sorted(path.parent.glob("audio*.ogg"), key=lambda file: int("0" + re.sub(r"\D", "", file.stem)))
+    recordings = [file for file in path.parent.iterdir() if re.fullmatch(r"audio\d*\.ogg", file.name.lower())]
+    recordings.sort(key=lambda file: int("0" + re.sub(r"\D", "", file.stem)))
     if settings["kind"] == "speech":
         for recording in recordings:
-            spans = files.cut(0.0, files.duration(recording), settings["segment"])
+            spans = files.cut(0.0, duration(recording), settings["segment"])
             for number, (start, end) in enumerate(spans):
                 yield common.Item(f"{article}/{recording.stem}_{number}", str(recording), start, end)
         return

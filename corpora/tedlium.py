@@ -7,7 +7,7 @@ TED-LIUM 3: 452 hours of TED talks with aligned transcripts (Hernandez et al., 2
 Source: openslr.org/51. Licence: CC BY-NC-ND 3.0.
 
 Layout (its README, and Kaldi's recipe tedlium/s5_r3): sph/TALK.sph (NIST SPHERE, PCM), and stm/TALK.stm with lines
-`TALK CHANNEL SPEAKER START END <LABELS> text in lower case`.
+`TALK CHANNEL SPEAKER START END <LABELS> text in lower case`. In NIST's STM format the labels may be missing.
 
 Segments marked ignore_time_segment_in_scoring are left out. The transcripts split off suffixes, as in "it 's"; here
 they are joined to the word again. <unk> stands for a word that was not transcribed, so a segment with <unk> is used
@@ -17,10 +17,13 @@ only for --kind=speech.
 import re
 
 from corpora import common, files
+from runtime.files import find_files
+
+LABEL = re.compile(r"^<(?!unk>|sil>)[^<>\s]*>\s*")
 
 
 def find(source, settings):
-    return files.find_files(source, [".stm"])
+    return find_files(source, [".stm"])
 
 
 def clean(text):
@@ -31,18 +34,19 @@ def clean(text):
 
 def read(path, settings):
     def items(name, line):
-        fields = line.split(maxsplit=6)
-        if line.startswith(";;") or fields[-1].strip() == "ignore_time_segment_in_scoring":
+        if line.startswith(";;"):  # a comment
             return
-        start, end, text = float(fields[3]), float(fields[4]), clean(fields[6] if len(fields) > 6 else "")
-        audio = files.inside(path.parent.parent / "sph", f"{fields[0]}.sph")
-        if "<unk>" in text and settings["kind"] != "speech":
+        talk, _, _, start, end, *rest = line.split(maxsplit=5)
+        start, end, text = float(start), float(end), clean(LABEL.sub("", *rest or [""]))
+        audio = files.inside(path.parent.parent / "sph", f"{talk}.sph")
+        if text == "ignore_time_segment_in_scoring":
+            yield common.Bad(name, ValueError(f"not transcribed: {start:g} to {end:g} s of {talk}"))
+        elif "<unk>" in text and settings["kind"] != "speech":
             yield common.Bad(name, ValueError(f"unknown word in transcript: {text[:60]!r}"))
         else:
             yield common.Item(name, audio, start, end, text)
 
-    lines = enumerate(files.lines(path), 1)
-    return files.convert(((f"{path.stem}:{number}", line) for number, line in lines), items)
+    return files.convert(files.numbered_lines(path), items)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ corpus among machines, give each machine a folder with some of the files.
 """
 
 from corpora import common, files
+from runtime.files import find_files, open_text
 
 
 def find(source, settings):
-    return files.find_files(source, (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"))
+    return find_files(source, (".txt", ".parquet", *files.JSONL))
 
 
 def read(path, settings):
@@ -30,10 +31,12 @@ def read(path, settings):
             raise TypeError(f"{settings['field']} is {type(text).__name__}, not text")
         yield common.Item(name, text=text)
 
-    if path.suffix == ".txt":
-        return [common.Item(path.name, text=path.read_text("utf-8", errors="surrogateescape"))]
-    rows = files.parquet_rows(path, [settings["field"]]) if path.suffix == ".parquet" else files.json_lines(path)
-    return files.convert(rows, items)
+    if path.suffix.lower() == ".txt":
+        with open_text(path, "surrogateescape") as file:
+            return [common.Item(path.name, text=file.read())]
+    if path.suffix.lower() == ".parquet":
+        return files.convert(files.parquet_rows(path, [settings["field"]]), items)
+    return files.convert_json(path, items)
 
 
 if __name__ == "__main__":

@@ -11,29 +11,33 @@ SA1.WRD (`BEGIN END word`, in samples). Names are in upper or lower case. Some c
 instead of SA1.WAV.
 """
 
-from corpora import common, files
+from corpora import common
+from runtime.files import find_files, read_text
 from speech.word_times import read_wrd
 
 
 def find(source, settings):
-    found = files.find_files(source, (".WRD", ".wrd"))
+    found = find_files(source, [".wrd"])
     return [path for path in found if settings["sa"] or not path.stem.lower().startswith("sa")]
 
 
 def sibling(path, *endings):
-    """Return the first existing file with the stem of a path and one of the endings. Raises ValueError if none exists.
+    """Return the file with the stem of a path and the first possible of these endings, in upper or lower case.
+
+    Raises ValueError if there is none.
     """
+    names = {file.name.lower(): file for file in path.parent.iterdir()}
     for ending in endings:
-        if path.with_suffix(ending).exists():
-            return path.with_suffix(ending)
+        if found := names.get((path.stem + ending).lower()):
+            return found
     raise ValueError(f"missing file: {path.with_suffix(endings[0])}")
 
 
 def read(path, settings):
     name = f"{path.parent.name}-{path.stem}"  # FCJF0-SA1
     try:
-        text = sibling(path, ".TXT", ".txt").read_text("utf-8", errors="surrogateescape").split(maxsplit=2)[2]
-        audio = sibling(path, ".WAV", ".wav", ".WAV.wav")
+        text = read_text(sibling(path, ".TXT")).split(maxsplit=2)[2]
+        audio = sibling(path, ".WAV", ".WAV.wav")
         yield common.Item(name, str(audio), text=text.strip(), words=read_wrd(path))
     except IndexError:
         yield common.Bad(name, ValueError(f"no transcript: {path.with_suffix('.TXT')} is not `BEGIN END text`"))
@@ -43,6 +47,6 @@ def read(path, settings):
 
 if __name__ == "__main__":
     common.main(
-        "timit", find, read,
+        "timit", find, read, companions=[".txt"],
         sa=False,  # include the two SA sentences, which every speaker reads
     )

@@ -16,30 +16,32 @@ The text is raw_text, which has case and punctuation. Where raw_text is empty, i
 """
 
 from corpora import common, files
+from runtime.files import find_files
+from speech.audio import duration
 
 
 def find(source, settings):
     if settings["subset"] != "raw":
-        return files.find_files(source / "transcribed_data" / settings["lang"], [f"asr_{settings['subset']}.tsv"])
+        return find_files(source / "transcribed_data" / settings["lang"], [f"asr_{settings['subset']}.tsv"])
     if settings["kind"] != "speech":
         raise SystemExit("--subset=raw has no transcripts: write --kind=speech")
-    return files.find_files(source / "raw_audios" / settings["lang"], [".ogg"])
+    return find_files(source / "raw_audios" / settings["lang"], [".ogg"])
 
 
 def read(path, settings):
-    if path.suffix == ".ogg":
-        for number, (start, end) in enumerate(files.cut(0.0, files.duration(path), settings["segment"])):
+    if path.suffix.lower() == ".ogg":
+        for number, (start, end) in enumerate(files.cut(0.0, duration(path), settings["segment"])):
             yield common.Item(f"{path.stem}_{number}", str(path), start, end)
         return
-    header, *lines = files.lines(path)
+    lines = files.numbered_lines(path)
+    header = next(lines, ("", ""))[1].split("\t")
 
     def items(name, line):
-        row = dict(zip(header.split("\t"), line.split("\t")))
+        row = dict(zip(header, line.split("\t"), strict=True))
         audio = files.inside(path.parent, f"{row['id'][:4]}/{row['id']}.ogg")
         yield common.Item(row["id"], audio, text=row["raw_text"].strip() or row["normalized_text"])
 
-    rows = enumerate(lines, 2)
-    yield from files.convert(((f"{path.name}:{number}", line) for number, line in rows), items)
+    yield from files.convert(lines, items)
 
 
 if __name__ == "__main__":

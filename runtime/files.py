@@ -4,7 +4,9 @@ Reading and writing files. Nothing is unpickled: data is .npy, weights are .safe
 Readers turn every fault of a file into a one-line ValueError that names the file. Writers write a file or folder
 completely or not at all.
 """
+import codecs
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -16,7 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_FILE = 1 << 28  # bytes of a file that is read into memory; the largest tokenizer.json in use has about 1 << 25
+MAX_FILE = 1 << 28  # characters of a file that is read into memory; the largest tokenizer.json has about 1 << 25
+BYTE_ORDER_MARKS = {  # and the codec that reads what follows; the mark of UTF-32 begins like the one of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16"}
 
 
 class DataError(SystemExit):
@@ -43,29 +48,70 @@ def reading(path, fault="cannot be read"):
         raise ValueError(f"{path}: {fault} ({getattr(error, 'strerror', None) or one_line(error)})") from None
 
 
-def read_bytes(path, limit=MAX_FILE):
-    """The bytes of a file, decompressed if its name ends in .xz. ValueError if there are more than limit."""
-    with reading(path), (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise ValueError(f"{path}: more than {limit} bytes")
-    return raw
+def find_files(source, endings=("",)):
+    """All files below a folder whose names end like this, in upper or lower case, sorted. Links are followed.
+
+    source: the folder, or one file, which is returned whatever its name. OSError for a folder that cannot be opened.
+    """
+    if os.path.isfile(source):
+        return [Path(source)]
+    found, entered = [], set()
+
+    def stop(error):
+        raise error
+
+    for folder, folders, names in os.walk(source, onerror=stop, followlinks=True):
+        identity = os.stat(folder).st_dev, os.stat(folder).st_ino
+        if identity in entered:  # a link leads back to it, or a second link leads to it
+            folders.clear()
+            continue
+        entered.add(identity)
+        found += [Path(folder, name) for name in names if name.lower().endswith(tuple(endings))]
+    return sorted(found)
 
 
-def read_text(path):
-    """The text of a UTF-8 file, decompressed if its name ends in .xz. ValueError."""
-    raw = read_bytes(path)
-    with reading(path):
-        return raw.decode("utf-8")
+def open_bytes(path):
+    """Open a file to read bytes, decompressed if its name ends in .gz, .xz or .zst.
+
+    While it is read, a compressed file that breaks off raises EOFError or OSError.
+    """
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".zst":
+        try:
+            import pyarrow  # zstandard would return the part of the file that there is
+        except ImportError:
+            raise RuntimeError(f"pyarrow, which {path} needs, is missing: pip install pyarrow") from None
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(os.fspath(path)), "zstd"))
+    return {".gz": gzip.open, ".xz": lzma.open}.get(ending, open)(path, "rb")
+
+
+def open_text(path, errors="strict"):
+    """Open a text file to read it as it was meant: without byte order mark, and with \\n at the end of each line.
+
+    The text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. errors: of bytes.decode(). See open_bytes().
+    """
+    file = open_bytes(path)
+    start = file.peek(4)[:4]
+    codec = next((codec for mark, codec in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
+    return io.TextIOWrapper(file, codec, errors)
+
+
+def read_text(path, limit=MAX_FILE):
+    """The text of a file, as open_text() reads it. ValueError, also for more than `limit` characters."""
+    with reading(path), open_text(path) as file:
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise ValueError(f"{path}: more than {limit} characters")
+    return text
 
 
 def parse_json(text, name, *kinds):
-    """The value of a json text or bytes, which must have a type in `kinds`. ValueError "NAME: ...", also for NaN."""
+    """The value of a json text, which must have a type in `kinds`. ValueError "NAME: ...", also for NaN."""
     def refuse(constant):
         raise ValueError(f"{constant} is not json")
 
     with reading(name, "no readable json"):
-        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse)
         if not isinstance(value, kinds):
             raise ValueError(f"a {type(value).__name__}, not a {' or '.join(kind.__name__ for kind in kinds)}")
     return value
@@ -73,11 +119,11 @@ def parse_json(text, name, *kinds):
 
 def read_json(path, *kinds):
     """The value in a json file, which must have a type in `kinds` (default: dict). ValueError."""
-    return parse_json(read_bytes(path), path, *kinds or [dict])
+    return parse_json(read_text(path), path, *kinds or [dict])
 
 
 def read_csv(path, columns):
-    """[(line number, {column: text})] of a .csv or .csv.xz file that has these columns. ValueError names the line."""
+    """[(line number, {column: text})] of a .csv file that has these columns. ValueError names the line."""
     reader, rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), []
     try:
         header = next(reader, [])

@@ -1,9 +1,9 @@
 """
 Read and write sound files. A waveform is mono float32 at 16 kHz.
 
-libsndfile reads most formats, and any span of a file quickly. It believes the length that the file states. Where that is
-an estimate, or the length of the first of several parts, FFmpeg (PyAV) decodes the file to its end. A file that breaks
-off is an error, and so is silence.
+libsndfile reads most formats, and any span of a file quickly. It believes the length that the file states. Where that
+is an estimate, or the length of the first of several parts, FFmpeg (PyAV) decodes the file to its end. A file that
+breaks off is an error, and so is silence.
 """
 import contextlib
 import functools
@@ -139,8 +139,8 @@ def open_with_libsndfile(path, name):
         head, size = raw.read(1024), raw.seek(0, os.SEEK_END)
     if size == 0:
         raise ValueError(f"empty audio: {name} has no bytes")
-    if head.startswith(b"NIST_1A") and size < sphere_length(head, name):
-        raise ValueError(f"unreadable audio: {name} breaks off: {size} bytes, by its header {sphere_length(head, name)}")
+    if head.startswith(b"NIST_1A") and size < (stated := sphere_length(head, name)):
+        raise ValueError(f"unreadable audio: {name} breaks off: {size} bytes, by its header {stated}")
     if name.lower().endswith(".g722"):  # has no header, so libsndfile could take it for anything
         return None
     try:
@@ -180,7 +180,7 @@ def file_is_one_stream(name, modified):
 
 
 def is_one_stream(data, name):
-    """Whether a FLAC or Ogg file (bytes or mmap) has one stream. Of several that were joined, libsndfile reads the first.
+    """Whether a FLAC or Ogg file (bytes or mmap) has one stream. Of several, libsndfile reads the first.
 
     Raises ValueError if the last page of an Ogg file is not complete.
     """
@@ -211,9 +211,10 @@ def decode(source, name):
         raise RuntimeError(f"PyAV, which {name} needs, is missing: pip install av") from None
 
     source, promised_frames = read_mp3(source)
+    source = io.BytesIO(source) if isinstance(source, bytes) else source
     pieces, n_frames, seconds = [], 0, 0.0
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
+        with av.open(source, metadata_errors="ignore") as container:
             promised_seconds = stated_seconds(container)
             # In a file of several parts, the parts may have different rates and numbers of channels.
             for (rate, layout), frames in itertools.groupby(container.decode(audio=0), frame_format):

@@ -4,13 +4,11 @@ Read word times from the files that come with a corpus: TextGrid, ctm, json, and
 A timed word is (text, start, end), with times in seconds. The readers return timed words in the order of the file. They
 raise a ValueError of one line, "KIND OF FAULT: PATH: details", for a file that cannot be used.
 """
-import codecs
 import math
 import re
 import reprlib
-from pathlib import Path
 
-from runtime.files import parse_json, reading
+from runtime.files import open_text, parse_json, reading
 from speech.audio import SAMPLE_RATE
 
 NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # float() also takes "nan" and "1_0"
@@ -19,11 +17,9 @@ ROUNDING = 0.001  # seconds by which neighbouring intervals of a tier may overla
 
 
 def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 with a byte order mark."""
-    with reading(f"unreadable word times: {path}"):
-        raw = Path(path).read_bytes()
-        utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return raw.decode("utf-16" if utf16 else "utf-8-sig")
+    """The text of a file."""
+    with reading(f"unreadable word times: {path}"), open_text(path) as file:
+        return file.read()
 
 
 def timed_word(text, start, end, path, rate=1):
@@ -37,7 +33,7 @@ def timed_word(text, start, end, path, rate=1):
 def read_wrd(path, sample_rate=SAMPLE_RATE):
     """Timed words of TIMIT's .WRD. Each line is `BEGIN END word`, in samples at `sample_rate`."""
     timed = []
-    for line in read_text(path).splitlines():
+    for line in read_text(path).split("\n"):
         if line.strip():
             begin, end, word = [*line.split(maxsplit=2), None, None][:3]
             timed.append(timed_word(word, begin, end, path, sample_rate))
@@ -47,7 +43,7 @@ def read_wrd(path, sample_rate=SAMPLE_RATE):
 def read_ctm(path):
     """{utterance: timed words} of NIST's ctm. Each line is `utterance channel start duration word [confidence]`."""
     utterances, channels = {}, {}
-    for line in read_text(path).splitlines():
+    for line in read_text(path).split("\n"):
         if not line.strip() or line.startswith(";;"):
             continue
         with reading(f"bad word times: {path}", f"not a line of ctm: {line[:60]!r}"):

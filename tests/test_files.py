@@ -36,8 +36,8 @@ def test_what_was_written_is_read(tmp_path):
     for file in (path, packed):
         assert files.read_text(file) == table
         assert read_ab(file) == [(3, dict(a="1", b='x, "y"\nz', c="3")), (5, dict(a="4", b="漢", c="6"))]
-        with pytest.raises(ValueError, match="more than 10 bytes"):
-            files.read_bytes(file, limit=10)
+        with pytest.raises(ValueError, match="more than 10 characters"):
+            files.read_text(file, limit=10)
     path.write_bytes(b"\xef\xbb\xbf[1]")
     assert files.read_json(path, list) == [1]
     weights = dict(a=torch.randn(2, 3), b=torch.ones(2, dtype=torch.bfloat16), counter=torch.tensor(3))
@@ -61,7 +61,7 @@ def test_no_array_is_unpickled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("read, raw, fault", [
-    (files.read_bytes, None, "cannot be read"),
+    (files.read_text, None, "cannot be read"),
     (files.read_array, npy(np.arange(10)) + b"\0", "209 bytes, its header says 208"),
     (files.read_text, b"\xfd7zXZ no", "a.xz: cannot be read"),
     (files.read_json, b'{"a": NaN}', "NaN is not json"),

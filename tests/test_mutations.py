@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_audio import with_ffmpeg
 from test_convert import dump
 from test_model import make
 from test_units import CONFIG, vocabulary_folder
@@ -168,8 +169,12 @@ READERS = {
     "GGUF": (write_gguf, lambda at: convert.smollm2(at / "out", at / "a.gguf")),
     "CTranslate2": (write_whisper, lambda at: convert.whisper(at / "out", at / "model.bin")),
     "textlesslib": (write_vocoder, lambda at: convert.vocoder(at / "out", at / "g.pt", at / "config.json"))}
-for form in ("WAV", "FLAC", "OGG", "MP3", "NIST"):
-    READERS[form] = (lambda at, form=form: soundfile.write(at / "a", np.ones(999), 16000, format=form), read_audio, "a")
+RAMP = np.linspace(-1, 1, 4000)
+for form in ("WAV", "FLAC", "OGG", "MP3", "NIST", "AIFF"):
+    READERS[form] = (lambda at, form=form: soundfile.write(at / "a", RAMP, 16000, format=form), read_audio, "a")
+for form, codec in (("ipod", "aac"), ("webm", "libopus")):
+    content = with_ffmpeg(RAMP, form, codec)
+    READERS[form] = (lambda at, content=content: (at / "a").write_bytes(content), read_audio, "a")
 
 
 def run_trials(name, folder):

@@ -166,7 +166,7 @@ def make_set(c, which):
         kind="paired", source=c["source"], out=f"{c['out']}/{which}", units=f"{c['out']}/units",
         tokenizer=c["tokenizer"], workers=c["workers"], shard=c["shard"] if which == "train" else "0/1",
         passage=PASSAGE, passages=c["passages"], speakers=speakers_of(which), part_tokens=1 << 21)
-    return common.make("small", lambda source, _: books(source, which), read, settings, ("paired",))
+    return common.make("small", lambda source, _: books(source, which), read, settings, ("paired",), [".txt"])
 
 
 def cut(text):
