@@ -103,13 +103,14 @@ def read_recordings(folder, model, settings):
 def read_item(item, vocabulary, options, longest):
     """An item of a corpus -> Utterance of at most `longest` units. ValueError if the item cannot be used."""
     from corpora.common import hear
-    from speech.units import n_frames, word_units
+    from speech.transcripts import assign_units
+    from speech.units import n_frames
 
     heard = hear(item, options, Counter())
     [(ids, frame_start)] = vocabulary.encode([heard.waveform])
     if len(ids) > longest:
         raise ValueError(f"{item.id}: {len(ids)} units, the model reads {longest}")
-    total, ends = n_frames(heard.n_samples, vocabulary), np.array([end for _, end in heard.times])
-    offsets = word_units(ends, frame_start, total, vocabulary.rate)
-    starts = np.append(frame_start, total) / vocabulary.rate
-    return Utterance(ids.astype(np.int64), item.text.split(), offsets, starts, ends)
+    total, words = n_frames(heard.n_samples, vocabulary), item.text.split()
+    offsets = assign_units(words, heard.times, frame_start, total, vocabulary.rate)
+    starts, ends = np.append(frame_start, total) / vocabulary.rate, np.array([end for _, end in heard.times])
+    return Utterance(ids.astype(np.int64), words, offsets, starts, ends)

@@ -48,8 +48,8 @@ from runtime.files import find_files, one_line, read_json, replace_file
 from runtime.tokenizer import Tokenizer
 from speech.align import align, load_aligner
 from speech.audio import SAMPLE_RATE, check_sound, read_audio
-from speech.transcripts import match_words
-from speech.units import load_units, n_frames, read_vocabulary, word_units
+from speech.transcripts import assign_units, match_words
+from speech.units import load_units, n_frames, read_vocabulary
 
 DEFAULTS = dict(
     source="",                    # folder of the corpus, or one of its files
@@ -302,7 +302,7 @@ def spoken_document(heard, models):
     if not all(written):
         raise ValueError(f"word without tokens: {words[written.index([])]!r} in {item.id}")
     total = n_frames(heard.n_samples, models.vocabulary)
-    offsets = word_units([end for _, end in heard.times], frame_start, total, models.vocabulary.rate)
+    offsets = assign_units(words, heard.times, frame_start, total, models.vocabulary.rate)
     spoken = [ids[start:end] for start, end in itertools.pairwise(offsets)]
     size = sum(map(len, written)) + len(ids)
     return Document((written, spoken), dict(size=size, hours=hours, words=len(words), bytes=text_size(item)))

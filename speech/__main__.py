@@ -10,11 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from configurator import configure, print_help
 from speech.align import align, load_aligner
 from speech.audio import SAMPLE_RATE, read_audio, write_audio
+from speech.transcripts import fill_spans
 from speech.units import load_units, read_ids, resynthesise
 from speech.vocoder import load_vocoder
 from speech.word_times import read_textgrid, read_timed_json, read_wrd
@@ -59,7 +58,9 @@ def timed_transcript(clip, waveform, settings):
     times, text = settings["times"], settings["text"]
     if times and Path(times).suffix.lower() in READERS:
         timed = READERS[Path(times).suffix.lower()](times)
-        return [word for word, _, _ in timed], np.maximum.accumulate([end for _, _, end in timed])
+        words, spans = [word for word, _, _ in timed], [span for _, *span in timed]
+        spans = fill_spans(words, spans, len(waveform) / SAMPLE_RATE) if words else []
+        return words, [end for _, end in spans]
     if times:
         raise ValueError(f"{times}: its name ends in none of {', '.join(READERS)}")
     if not (text and settings["aligner"]):

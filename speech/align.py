@@ -113,7 +113,11 @@ def align(waveforms, texts, aligner, star=True):
         rows = [torch.nn.functional.pad(log_probs[utterance.number], (0, 1)) for utterance in batch]
         paths = ctc_paths(rows, [utterance.tokens for utterance in batch], aligner.blank)
         for (number, _, letters, n_frames), (path, total) in zip(batch, paths):
-            results[number] = word_spans(path, letters, len(waveforms[number]) / n_frames / SAMPLE_RATE)
+            spans = word_spans(path, letters, len(waveforms[number]) / n_frames / SAMPLE_RATE)
+            try:
+                results[number] = fill_spans(texts[number].split(), spans)
+            except ValueError as error:
+                results[number] = error
             if not math.isfinite(total):
                 results[number] = ValueError(f"alignment failed: the model is not finite on {texts[number][:60]!r}")
     return results
@@ -144,7 +148,7 @@ def prepare(number, n_samples, text, aligner, star):
 
 
 def word_spans(path, letters, frame_seconds):
-    """[(start, end), ...] in seconds for each word, from a path of ctc_paths() and the token ranges of the words."""
+    """(start, end) in seconds or None for each word, from a path of ctc_paths() and the token ranges of the words."""
     spans = []
     for tokens in letters:
         if tokens:
@@ -154,7 +158,7 @@ def word_spans(path, letters, frame_seconds):
             spans.append((float(start * frame_seconds), float(end * frame_seconds)))
         else:
             spans.append(None)
-    return fill_spans(spans)
+    return spans
 
 
 # ---------------------------------------------------------------------------------------------------------------------

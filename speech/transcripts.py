@@ -4,10 +4,11 @@ How written words are spoken, and which times belong to each of them.
 A transcript is text.split(): written words, with their case and punctuation. A timed word is (text, start, end), with
 times in seconds. Both are compared in their spoken form: lower-case words made of a-z and the apostrophe.
 """
+import math
 import re
 import unicodedata
 
-from speech.units import UNIT_RATE
+from speech.units import UNIT_RATE, word_units
 
 # Letters that Unicode does not decompose into a-z, apostrophes of all kinds, and signs that are read as words.
 FOLD = str.maketrans({
@@ -20,6 +21,8 @@ AMOUNT = re.compile(r"([$£€¥])?([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+
 # Unicode's categories of letters, digits and signs. Characters of others, such as punctuation, are not spoken.
 SPOKEN_CATEGORIES = {"Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl", "No", "Sc", "Sm", "So"}
 SILENCES = {"", "<eps>", "sp", "sil", "<sil>"}  # entries of time files that mark a pause
+FRAME = 1 / UNIT_RATE  # seconds by which word times may be wrong
+LONGEST_WORD, LONGEST_LETTER = 5.0, 0.2  # a word lasts at most 5 s, and 0.2 s for each letter of its spoken form
 UNKNOWN = "<unk>"  # the Montreal Forced Aligner writes this for a word that its dictionary does not have
 
 
@@ -102,11 +105,10 @@ def match_words(words, timed, duration=None):
     words: text.split(); timed: [(text, start, end), ...] in order; duration: seconds of the audio, or None.
 
     A written word gets all timed words of its spoken form ("well-known" has two). The timed word <unk> stands for any
-    one written word. A word that is not spoken ("--") gets an empty span from fill_spans(). Spans that exceed the audio
-    by at most one unit frame are cut to it.
+    one written word. A word that is not spoken ("--") gets an empty span from fill_spans().
 
     The match must be exact: nothing is guessed, and written words never share a timed word. Raises ValueError
-    "transcript does not match word times: ..." at the first difference, or "word times outside the audio: ...".
+    "transcript does not match word times: ..." at the first difference, and the errors of fill_spans().
     """
     entries = spoken_entries(timed)
     spans, position = [], 0
@@ -127,14 +129,7 @@ def match_words(words, timed, duration=None):
     if position < len(entries) or not any(spans):
         have = f"have {entries[position][3][:60]!r}" if position < len(entries) else "and the transcript are empty"
         raise ValueError(f"transcript does not match word times: after the last word the times {have}")
-    spans = fill_spans(spans)
-    if duration is None:
-        return spans
-    for number, (word, (start, end)) in enumerate(zip(words, spans), 1):
-        if start < -1 / UNIT_RATE or end > duration + 1 / UNIT_RATE:
-            raise ValueError(f"word times outside the audio: word {number} {word[:60]!r} lasts from {start:.3f} to "
-                             f"{end:.3f} s of {duration:.3f} s")
-    return [(min(max(start, 0.0), duration), min(max(end, 0.0), duration)) for start, end in spans]
+    return fill_spans(words, spans, duration)
 
 
 def spoken_entries(timed):
@@ -151,16 +146,45 @@ def spoken_entries(timed):
     return entries
 
 
-def fill_spans(spans):
+def fill_spans(words, spans, duration=None):
     """
-    Replace None by empty spans, and make the ends ascend.
+    Check the spans of written words, replace None by empty spans, and make the ends ascend.
 
-    None becomes an empty span at the end of the span before it, or, if there is none, at the start of the first span.
-    An end before an earlier end is raised to it. A start after its end is lowered to it.
+    words: as written; spans: (start, end) of each in seconds, or None for a word that is not spoken. None becomes an
+    empty span at the end of the span before it, or, if there is none, at the start of the first span. Differences of
+    up to one unit frame are evened out: an end before an earlier end is raised to it, a start after its end is lowered
+    to it, and a span that exceeds the audio is cut. duration: seconds of the audio, or None.
+
+    Raises ValueError "impossible word times: ..." for a word that begins or ends before the word before it, or lasts
+    too long, and "word times outside the audio: ...".
     """
     filled, latest = [], next(span[0] for span in spans if span)
-    for span in spans:
+    first, last = -math.inf, -math.inf  # start and end of the word before
+    for number, (word, span) in enumerate(zip(words, spans, strict=True), 1):
         start, end = span or (latest, latest)
+        said = f"word {number} {word[:60]!r} lasts from {start:.3f} to {end:.3f} s"
+        if duration is not None and (start < -FRAME or end > duration + FRAME):
+            raise ValueError(f"word times outside the audio: {said} of {duration:.3f} s")
+        if span and (start < first - FRAME or end < last - FRAME):
+            raise ValueError(f"impossible word times: {said}, the word before it from {first:.3f} to {last:.3f} s")
+        if end - start > LONGEST_WORD + LONGEST_LETTER * sum(map(len, comparable(word))):
+            raise ValueError(f"impossible word times: {said}")
+        first, last = span or (first, last)
         latest = max(latest, end)
         filled.append((min(start, latest), latest))
-    return filled
+    if duration is None:
+        return filled
+    return [(min(max(start, 0.0), duration), min(max(end, 0.0), duration)) for start, end in filled]
+
+
+def assign_units(words, spans, frame_start, n_frames, rate):
+    """word_units() of words with their spans in seconds: offsets, int64 [n_words + 1].
+
+    Raises ValueError "impossible word times: ..." if more than half of the spoken words have no units or no duration.
+    """
+    offsets = word_units([end for _, end in spans], frame_start, n_frames, rate)
+    spoken = [i for i, word in enumerate(words) if comparable(word)]
+    empty = sum(offsets[i] == offsets[i + 1] or spans[i][0] == spans[i][1] for i in spoken)
+    if 2 * empty > len(spoken):
+        raise ValueError(f"impossible word times: {empty} of {len(spoken)} words have no units or no duration")
+    return offsets

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from corpora.swc import read_swc
 from speech.align import MMS_LABELS, Aligner, align, ctc_paths, emissions, load_aligner
 from speech.espeak import espeak
-from speech.transcripts import match_words, spoken_form
+from speech.transcripts import assign_units, match_words, spoken_form
 from speech.word_times import read_ctm, read_textgrid, read_timed_json, read_wrd
 
 pytest.importorskip("num2words")
@@ -38,8 +38,9 @@ def test_match_words_finds_the_span_of_each_written_word():
     spans = [(1, 1), (1, 4), (4, 5), (6, 7), (7, 7), (7, 8.03)]
     assert match_words(words, timed) == spans
     assert match_words(words, timed, duration=8.0) == spans[:-1] + [(7, 8.0)]  # up to a frame too long
-    overlapping = [("a", 0, 3), ("b", 1, 2), ("x", 5, 6), ("y", 1, 2)]
-    assert match_words(["a", "b", "x-y"], overlapping) == [(0, 3), (1, 3), (3, 3)]
+    overlapping = [("a", 0, 3), ("b", 1, 2.98), ("x", 2.5, 4), ("y", 3, 4)]  # as in TIMIT, and rounded
+    assert match_words(["a", "b", "x-y"], overlapping) == [(0, 3), (1, 3), (2.5, 4)]
+    assert match_words(["1234567890"], [("1234567890", 0, 15)]) == [(0, 15)]
 
 
 @pytest.mark.parametrize("text, timed, message", [
@@ -51,6 +52,36 @@ def test_match_words_finds_the_span_of_each_written_word():
 def test_match_words_says_where_it_fails(text, timed, message):
     with pytest.raises(ValueError, match=message):
         match_words(text.split(), timed, duration=2.1)
+
+
+def even(n):
+    """Times of n words of 0.3 s each."""
+    return [(0.3 * i, 0.3 * i + 0.3) for i in range(n)]
+
+
+@pytest.mark.parametrize("spans, message", [
+    ([(0, 0.3), (0.3, 2.0), *even(6)[2:]], "word 3 .* the word before it"),         # the second word ends late
+    ([(0, 0.3), (0.6, 0.9), (0.3, 0.6), *even(6)[3:]], "word 3 .* the word before it"),   # two are swapped
+    ([(0, 0.06), (0.12, 0.18), (0.06, 0.12)], "word 3 .* the word before it"),      # two short ones
+    ([(0.3, 0.6), (0.0, 0.7), *even(6)[2:]], "word 2 .* the word before it"),       # the second begins too early
+    ([(0, 0)] * 6, "6 of 6 words"), ([(0, 0)] * 2, "2 of 2 words"), ([(0, 0)], "1 of 1 words"),
+    ([(2.0, 2.0)] * 6, "6 of 6 words"),
+    ([*even(1), *[(0.3, 0.31)] * 5], "4 of 6 words"),
+    ([(0, 298.0), *[(298 + a, 298 + b) for a, b in even(5)]], "word 1 .* lasts from 0.000 to 298.000 s"),
+    ([(-0.1, 0.3), *even(6)[1:]], "word 1 .* -0.100"), ([*even(5), (1.5, 300.1)], "word 6 .* of 300.000 s")])
+def test_times_that_cannot_be_a_reading_are_refused(spans, message):
+    """The recording has a new unit every 40 ms, and lasts 300 s where it must."""
+    words, seconds = "one two three four five six".split()[:len(spans)], 300.0 if spans[-1][1] > 2 else 2.0
+    n_frames = int(25 * seconds)
+    with pytest.raises(ValueError, match=f"(impossible word times|word times outside the audio): .*{message}"):
+        times = match_words(words, [(word, *span) for word, span in zip(words, spans)], seconds)
+        assign_units(words, times, np.arange(n_frames), n_frames, 25)
+
+
+def test_half_of_the_words_may_be_without_units():
+    words, times = "one -- two -- three four".split(), [(0, 0.3), (0.3, 0.3), (0.3, 0.31), (0.31, 0.31), (0.31, 0.33),
+                                                        (0.33, 0.9)]
+    assert assign_units(words, times, np.arange(25), 25, 25).tolist() == [0, 7, 7, 7, 7, 8, 25]
 
 
 # files with word times
