@@ -206,14 +206,12 @@ def prompt_sequence(context, continuation, modalities, config, bos=True, whole=F
     modalities              "text" or "speech" for each of the two
     bos                     begin with the EOS of the modality that comes first
     whole                   score the context too, not only the continuation
-    prefix                  text ids to put before a spoken context, followed by a switch token
+    prefix                  ids to put at the very beginning, in the place of that EOS
     Returns (ids, (first, end)): ids[first:end] are to be scored. ids[0] is never scored.
     """
-    ids = []
-    if bos:
-        ids += [config.eos_token_id if len(prefix) or modalities[0] == "text" else config.speech_eos]
-    if len(prefix):
-        ids += [*prefix, config.switch]
+    ids = [*prefix]
+    if bos and not prefix:
+        ids = [config.eos_token_id if modalities[0] == "text" else config.speech_eos]
     ids += [*context]
     if len(context) and modalities[0] != modalities[1]:
         ids += [config.switch]

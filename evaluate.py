@@ -35,7 +35,7 @@ from data import open_source, sample
 from model import SmolTolk, count_parameters, from_pretrained, make_layout
 from runtime.checkpoint import made_with, newest
 from runtime.distributed import ALONE, World, all_sum, join_world, leave_world, on_first
-from runtime.files import digest, read_json
+from runtime.files import digest, find_files, read_json
 from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ val_interleaved = ["data/demo/val"]  # data sets for the held-out NLL of interle
 val_sequences = 256              # held-out sequences of each kind
 text_span = [10, 30]             # fewest and most words of a text span in interleaved sequences
 speech_span = [5, 15]            # fewest and most words of a speech span
-seed = 1                         # for held-out sequences and random prefixes
+seed = 1                         # for held-out sequences and prefixes
 sequence_length = 256            # tokens of a held-out sequence
 units = ""                       # folder of the speech units, for tasks with wavs
 cache = "out/heard"              # folder in which the units of wavs are kept for the next checkpoint
@@ -329,6 +329,7 @@ def score_checkpoint(folder, settings, world, path):
         with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             results[task], items = TASKS[task](evaluator, data_of(task, settings), protocol)
         results["made"][task] = dict(protocol=protocol, files=hear.fingerprint(evaluator.used), items=list(items),
+                                     left_out=unused_files(data_of(task, settings), evaluator.used),
                                      notes=evaluator.notes, seconds=time.perf_counter() - began)
         if world.rank == 0:
             path.with_suffix(".items").mkdir(exist_ok=True)
@@ -336,6 +337,12 @@ def score_checkpoint(folder, settings, world, path):
                 np.save(report.item_path(path, task, name), array)
             write(results, path)
     return results
+
+
+def unused_files(data, used):
+    """{number, first} of the files in a benchmark's folder that were not used. Of data sets all files are used."""
+    unused = sorted(str(path) for path in {*find_files(data)} - {*used}) if isinstance(data, str) else []
+    return dict(number=len(unused), first=unused[:5])
 
 
 def write(results, path):

@@ -45,6 +45,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.files import read_json, read_tensors, reading
+from runtime.tokenizer import end_of_text
 
 try:  # FlashAttention for the input adapter on CUDA: from this package or, if it is not installed, from torch
     from flash_attn import flash_attn_varlen_func
@@ -73,7 +74,8 @@ class Config:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 100_000.0  # SmolLM has 10,000; SmolTolk raises it (Section 4.1)
     initializer_range: float = 1 / 24  # standard deviation of new weights: 1/sqrt(hidden_size), as in SmolLM
-    eos_token_id: int = 0
+    eos_token_id: int = 0              # begins and ends texts: the tokenizer's <|endoftext|>
+    exported_eos: object = None        # config.json's eos_token_id if it is another; only written back to config.json
     # what SmolTolk adds; the names in quotes are rows of the paper's Table 2
     n_units: int = 500
     input_adapter_layers: int = 2   # 0: "-In Adapter"
@@ -565,8 +567,7 @@ def forward_flops(config, rows, length, speaks=True, n_text=0, n_speech=0):
 
 LLAMA = tuple(("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
                "max_position_embeddings rms_norm_eps rope_theta initializer_range eos_token_id").split())
-REQUIRED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=True,
-                rope_scaling=None)
+REQUIRED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
 
 
 def read_config(folder, **overrides):
@@ -574,18 +575,48 @@ def read_config(folder, **overrides):
     path = Path(folder) / "config.json"
     file = read_json(path)
     with reading(path, "not a Llama config.json that this model supports"):
-        values = {key: file[key] for key in LLAMA if key not in ("rope_theta", "initializer_range")}
-        values["rope_theta"] = file.get("rope_theta") or file["rope_parameters"]["rope_theta"]
-        values["initializer_range"] = file.get("initializer_range", 0.02)
         for key, wanted in REQUIRED.items():
             if file.get(key, wanted) != wanted:
                 raise ValueError(f"{key} is {reprlib.repr(file[key])}, only {wanted!r} is supported")
-        config = Config(**{**values, **file.get("smoltolk", {}), **overrides})
+        defaults = dict(num_key_value_heads=file.get("num_attention_heads"), initializer_range=0.02, eos_token_id=None)
+        values = {key: file[key] if file.get(key) is not None or key not in defaults else defaults[key]
+                  for key in LLAMA if key != "rope_theta"}
+        values |= dict(rope_theta=read_rope_theta(file)) | read_eos(folder, file)
+        ours = file.get("smoltolk", {})
+        for key in overrides.keys() & ours.keys() - {"eos_token_id", "exported_eos"}:
+            if overrides[key] != ours[key]:
+                raise ValueError(f"{key} is {ours[key]!r}, and a model that speaks keeps it; set --{key}={ours[key]}")
+        config = Config(**{**ours, **values, **overrides})
         head_dim = config.hidden_size // config.num_attention_heads
         if file.get("head_dim") not in (None, head_dim):
             raise ValueError(f"head_dim is {reprlib.repr(file['head_dim'])}, only hidden_size / num_attention_heads ="
                              f" {head_dim} is supported")
     return config
+
+
+def read_rope_theta(file):
+    """rope_theta of a config.json, given as a dict. ValueError if it asks for another kind of RoPE."""
+    theta = file.get("rope_theta", 10_000.0)
+    for key in ("rope_scaling", "rope_parameters"):  # the names before and since transformers 5
+        rope = file.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope_type in {key} is {reprlib.repr(kind)}, only 'default' is supported")
+        theta = rope.get("rope_theta", theta)
+    return theta
+
+
+def read_eos(folder, file):
+    """{eos_token_id, exported_eos} of a folder with this config.json.
+
+    In a chat model, config.json's eos_token_id ends a turn. Texts end with <|endoftext|>, which the tokenizer knows.
+    """
+    exported = file.get("eos_token_id")
+    tokenizer = Path(folder) / "tokenizer.json"
+    eos = end_of_text(tokenizer) if tokenizer.exists() else file.get("smoltolk", {}).get("eos_token_id")
+    if eos is None:
+        eos = exported[0] if isinstance(exported, list) else exported
+    return dict(eos_token_id=eos, exported_eos=None if exported == eos else exported)
 
 
 def read_shards(folder, stem):
@@ -619,6 +650,9 @@ def from_pretrained(folder, **overrides):
     with torch.device("meta"):  # only shapes, because config.json may ask for more memory than this machine has
         state = SmolTolk(config).state_dict()
     wanted = {name: list(t.shape) for name, t in state.items() if has_speech or not is_new(name)}
+    head, embed = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
+    if head is not None and (embed is None or head.shape != embed.shape or (head != embed).any()):
+        raise ValueError(f"{folder}: lm_head.weight is not equal to model.embed_tokens.weight, as config.json says")
     found = {name: list(t.shape) for name, t in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -635,8 +669,11 @@ def save_pretrained(model, folder, dtype=torch.float32):
     folder.mkdir(parents=True, exist_ok=True)
     fields = dataclasses.asdict(model.config)
     llama = dict(architectures=["LlamaForCausalLM"], bos_token_id=fields["eos_token_id"],
-                 torch_dtype=str(dtype).removeprefix("torch."), **REQUIRED, **{key: fields.pop(key) for key in LLAMA})
-    (folder / "config.json").write_text(json.dumps({**llama, "smoltolk": fields}, indent=1))
+                 torch_dtype=str(dtype).removeprefix("torch."), **REQUIRED, **{key: fields[key] for key in LLAMA})
+    exported = fields.pop("exported_eos")
+    llama["eos_token_id"] = fields["eos_token_id"] if exported is None else exported
+    ours = {key: value for key, value in fields.items() if key not in LLAMA or key == "eos_token_id"}
+    (folder / "config.json").write_text(json.dumps({**llama, "smoltolk": ours}, indent=1))
     state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
     for stem, new in (("model", False), ("speech", True)):
         part = {name: t for name, t in state.items() if is_new(name) == new}

@@ -17,6 +17,7 @@ Then the model reads a switch token, and the next part uses the other head.
 import codecs
 import itertools
 import json
+import os
 import sys
 import time
 from functools import partial
@@ -51,8 +52,6 @@ dtype = "float32"              # or "bfloat16", "float16": half the memory, and 
 compile = False                # torch.compile, on CUDA with CUDA graphs: starts minutes later, then runs faster
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, float, str, list)) and not k.startswith("_")}
-SOUND = (".wav", ".flac", ".ogg", ".mp3", ".sph", ".g722", ".m4a", ".mp4", ".webm")
-SILENCE = 1e-3                 # share of full scale (-60 dB) below which a recording counts as silent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,13 +102,14 @@ def compile_step(cache):
 
 
 @torch.inference_mode()
-def generate(model, openings, plan, pick, compiled=False):
+def generate(model, openings, plan, pick, compiled=False, n_tokens=None):
     """Yield (number of the part, list of B ids) at each step. The id is None in a row whose part is over.
 
     openings   a nonempty list of ids for each row, in the model's id space, with a switch token before the first part
                if it has another modality
     plan       (modality, maximum number of symbols) of each part; modalities alternate
     pick       function from logits [B, n] to ids [B], such as draw()
+    n_tokens   number of tokens that the tokenizer has; the vocabulary of a model may be padded with further ids
     The ids yielded count from 0 in both modalities, as in a tokenizer or a unit vocabulary. EOS is never yielded.
     """
     config, rows = model.config, [list(ids) for ids in openings]
@@ -123,7 +123,7 @@ def generate(model, openings, plan, pick, compiled=False):
         next_step = compile_step(cache) if compiled else step
         going = [True] * len(rows)
         for made in range(1, most + 1):
-            drawn = pick(logits)
+            drawn = pick(logits[:, :n_tokens] if modality == "text" else logits)
             symbols = [symbol if goes and symbol != eos else None for goes, symbol in zip(going, drawn.tolist())]
             yield part, symbols
             for ids, symbol in zip(rows, symbols):
@@ -169,11 +169,13 @@ def read_units(path, n_units):
 
 def read_sound(path, vocabulary):
     """The units of a sound file. ValueError."""
-    from speech.audio import read_audio
+    from speech.audio import SUFFIXES, read_audio
 
-    waveform = read_audio(path)
-    if np.abs(waveform - waveform.mean()).max() < SILENCE:
-        raise ValueError(f"silent audio: {path} stays below -60 dB of full scale")
+    try:
+        waveform = read_audio(path)
+    except ValueError as error:
+        hint = f"; for the text in this file write --prompt=\"$(cat '{path}')\""
+        raise ValueError(f"{error}{'' if Path(path).suffix.lower() in SUFFIXES else hint}") from None
     [(ids, _)] = vocabulary.encode([waveform])
     if len(ids) == 0:
         raise ValueError(f"audio too short: {path} has {len(waveform)} samples at 16 kHz, fewer than one unit takes")
@@ -181,9 +183,13 @@ def read_sound(path, vocabulary):
 
 
 def kind_of(prompt):
-    """The kind of a --prompt, which its ending decides: "units", "sound" or "text"."""
+    """The kind of a --prompt: "units", "sound" or "text". The name of an existing file is never text."""
+    from speech.audio import SUFFIXES
+
     suffix = Path(prompt).suffix.lower()
-    return "units" if suffix in (".json", ".npy") else "sound" if suffix in SOUND else "text"
+    if suffix in (".json", ".npy"):
+        return "units"
+    return "sound" if suffix in SUFFIXES or os.path.isfile(prompt) else "text"
 
 
 def opening(prompt, first, config, tokenizer, vocabulary):
@@ -206,7 +212,7 @@ def check_settings(c):
                          f" negative, and top_p must be more than 0 and at most 1")
     if c.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={c.dtype}: choose float32, bfloat16 or float16")
-    if Path(c.out).suffix not in (".wav", ".flac") or not Path(c.out).parent.is_dir():
+    if Path(c.out).suffix.lower() not in (".wav", ".flac") or not Path(c.out).parent.is_dir():
         raise ValueError(f"out={c.out}: give a name that ends in .wav or .flac, in an existing folder")
 
 
@@ -244,7 +250,8 @@ def talk(c, model, openings, plan, tokenizer, vocabulary, vocoder):
     pick = partial(draw, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, generator=generator)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # prints a character once it has all its bytes
     symbols, seconds = 0, 0.0
-    for part, steps in itertools.groupby(generate(model, openings, plan, pick, c.compile), lambda step: step[0]):
+    generated = generate(model, openings, plan, pick, c.compile, tokenizer and tokenizer.vocab_size)
+    for part, steps in itertools.groupby(generated, lambda step: step[0]):
         rows, began = [[] for _ in openings], time.perf_counter()
         streams = plan[part][0] == "text" and len(openings) == 1
         for _, row_symbols in steps:

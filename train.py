@@ -40,6 +40,7 @@ from model import (
     forward_flops,
     from_pretrained,
     is_new,
+    read_config,
     save_pretrained,
     selector_entropy,
 )
@@ -92,7 +93,7 @@ intermediate_size = 1536    # of the MLPs in both
 num_hidden_layers = 30      # of the backbone
 num_attention_heads = 9     # of each layer
 num_key_value_heads = 3     # a divisor of num_attention_heads
-rope_theta = 100_000.0      # base of the rotary position embeddings
+rope_theta = 0.0            # base of the rotary position embeddings; 0: as in init_from, or 100,000 for new weights
 n_units = 0                 # 0: as many as the units folder has
 input_adapter_layers = 2    # 0: none
 output_adapter_layers = 2   # 0: none
@@ -341,10 +342,13 @@ def build_model(c, tokenizer):
         model = SmolTolk(Config(**shape, eos_token_id=tokenizer.eos, initializer_range=c.hidden_size ** -0.5,
                                 max_position_embeddings=max(2048, c.sequence_length)))
         return model.start_new_modules(c.new_modules)
-    new = {key: value for key, value in shape.items() if key == "rope_theta" or key not in LLAMA}
-    model = from_pretrained(c.init_from, **new, eos_token_id=tokenizer.eos)
+    new = {key: value for key, value in shape.items() if key not in LLAMA}
+    if c.rope_theta:
+        new["rope_theta"] = c.rope_theta
+    model = from_pretrained(c.init_from, **new, eos_token_id=tokenizer.eos, exported_eos=None)
     if model.config.vocab_size != c.vocab_size:
-        raise SystemExit(f"{c.init_from}: vocab_size {model.config.vocab_size}, the tokenizer has {c.vocab_size}")
+        raise SystemExit(f"{c.init_from}: has {model.config.vocab_size} ids and the tokenizer {c.vocab_size}; set"
+                         f" --vocab_size={model.config.vocab_size} if ids without a token are meant")
     if model.config.max_position_embeddings < c.sequence_length:
         raise SystemExit(f"{c.init_from}: max_position_embeddings {model.config.max_position_embeddings}; set"
                          f" --sequence_length={model.config.max_position_embeddings} or less")
@@ -456,7 +460,7 @@ def save_checkpoint(run, model, optimizers, progress):
 
 
 def begin(c, world, tokenizer, about):
-    """(model, progress, the checkpoint to continue from, {what has changed since: [was, is]}).
+    """(model, progress, the checkpoint to continue from, {what has changed since then or since init_from: [was, is]}).
 
     A run continues from its newest good checkpoint with --resume=true, and also when torchrun restarts all processes
     after one has died. Otherwise a new run begins. It never overwrites another run.
@@ -474,7 +478,9 @@ def begin(c, world, tokenizer, about):
             raise SystemExit(f"{c.out_dir}: holds the results of a run without its checkpoints; set another --out_dir")
         if not has_checkpoints:
             checkpoint.clean(c.out_dir)
-            return dict(folder="", progress=None, changed={})
+            theta = read_config(c.init_from).rope_theta if c.init_from and c.rope_theta else c.rope_theta
+            changed = {"rope_theta": [theta, c.rope_theta]} if theta != c.rope_theta else {}
+            return dict(folder="", progress=None, changed=changed)
         folder, bad = checkpoint.newest(c.out_dir)
         if folder is None:
             raise SystemExit(f"{c.out_dir}: no checkpoint can be opened; set another --out_dir")
@@ -609,6 +615,8 @@ def check_settings(settings, name, world):
     """Fill in derived values -> the settings as a namespace. SystemExit for invalid settings."""
     c = SimpleNamespace(**settings)
     c.out_dir = c.out_dir or f"out/{name}"
+    if not c.init_from:
+        c.rope_theta = c.rope_theta or 100_000.0
     for key, file in DEMO.items() if c.demo else ():
         path = f"{c.demo}/{file}"
         setattr(c, key, getattr(c, key) or ([path] if isinstance(getattr(c, key), list) else path))

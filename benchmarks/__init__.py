@@ -45,9 +45,10 @@ The tasks of evaluate.py and their protocols:
     ties    if k > 1 candidates have the highest score: "share" (1/k if the right one is among them), "wrong" (0) or
             "first" (the first of them is chosen)
     bos     whether a sequence begins with the EOS of its modality, as in training. Without it the first token is not
-            scored.
-    prefix  number of random text tokens before the context in S->T, default 0. (The authors' release puts the last ten
-            tokens of another story there. The paper does not mention them.)
+            scored. The authors' release has it in sblimp, and not in the stories: there bos=true is our departure.
+    prefix  default 0. With prefix=10 a context in S->T is preceded by the last ten text tokens of another story, its
+            EOS included, drawn anew for each ending, without an EOS before them or a switch token after them. The
+            authors' release does so, and the paper does not mention it.
 
 A switch token stands at each change of modality. Neither switch tokens nor the EOS at the end of a document are scored.
 """

@@ -1,20 +1,19 @@
 """BLiMP: of two sentences that differ in one point of grammar, the model should prefer the acceptable one."""
-from pathlib import Path
-
 from benchmarks.report import OTHER_MEASURE, accuracy, by_group, right_by
-from runtime.files import parse_json, read_text
+from runtime.files import find_files, parse_json, read_text
 
 KEYS = dict(good="sentence_good", bad="sentence_bad", field="field", phenomenon="linguistics_term", paradigm="UID")
 
 
 def read(folder):
     """[{good, bad, field, phenomenon, paradigm}] of the .jsonl files in a folder. ValueError names file and line."""
-    files = sorted(Path(folder).glob("*.jsonl"))
+    files, items = find_files(folder, [".jsonl"]), []
     if not files:
         raise ValueError(f"{folder}: no .jsonl files; give the folder of BLiMP's 67")
-    items = []
     for file in files:
-        for number, line in enumerate(read_text(file).removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(read_text(file).split("\n"), 1):
+            if not line.strip():
+                continue
             record = parse_json(line, f"{file}:{number}", dict)
             for key in KEYS.values():
                 value = record.get(key)
@@ -27,7 +26,7 @@ def read(folder):
 def score(evaluator, folder, protocol):
     """Accuracy over all pairs, by field, by phenomenon and by paradigm."""
     pairs = read(folder)
-    evaluator.used += sorted(Path(folder).glob("*.jsonl"))
+    evaluator.used += find_files(folder, [".jsonl"])
     encode, start = evaluator.tokenizer.encode, [evaluator.tokenizer.eos] if protocol["bos"] else []
     sequences = []
     for pair in pairs:

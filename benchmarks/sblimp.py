@@ -6,7 +6,7 @@ import numpy as np
 from benchmarks.hear import hear_files
 from benchmarks.report import OTHER_MEASURE, accuracy, best_is, by_group
 from data import prompt_sequence
-from runtime.files import read_csv
+from runtime.files import find_files, read_csv
 
 
 def read(path):
@@ -65,7 +65,7 @@ def score(evaluator, folder, protocol):
 
 def score_split(evaluator, folder, protocol):
     """(result, arrays) for one folder, dev or test. Without a gold.csv the result is None."""
-    gold, files = folder / "gold.csv", {path.stem: path for path in sorted(folder.glob("*.wav"))}
+    gold, files = folder / "gold.csv", {path.stem: path for path in find_files(folder, [".wav"])}
     rows = read(gold) if gold.exists() else []
     if not files:
         raise ValueError(f"{folder}: no wavs here")

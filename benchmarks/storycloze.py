@@ -6,17 +6,15 @@ A story is (context, right ending, wrong ending). Each part is {"text": ids, "sp
 import re
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.hear import hear_files
 from benchmarks.report import OTHER_MEASURE, accuracy, right_by
 from data import prompt_sequence, uniform
 from runtime.datasets import open_set
-from runtime.files import DataError, read_text
+from runtime.files import DataError, find_files, read_text
 
 # the modalities of context and ending in each setting
 MODALITIES = {"T": ("text", "text"), "S": ("speech", "speech"), "T->S": ("text", "speech"), "S->T": ("speech", "text")}
-PREFIX = (1 << 32) + 1  # stage number for drawing random prefixes; no training stage has this number
+PREFIX = (1 << 32) + 1  # stage number for drawing other stories; no training stage has this number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,18 +28,23 @@ def read(folder):
 
     ValueError names the file that is missing or misnamed.
     """
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".wav", ".txt"))
-    names = sorted({str(path)[:-len("_mutual.wav")] for path in files if path.stem.endswith("_mutual")})
-    if not names:
-        return twist_files(folder, [path for path in files if path.suffix == ".wav"]), {}
+    wavs, texts = find_files(folder, [".wav"]), find_files(folder, [".txt"])
+    if not any(path.stem.endswith("_mutual") for path in (*wavs, *texts)):
+        return twist_files(folder, wavs), {}
     cross = {}
-    for modality, suffix in (("speech", ".wav"), ("text", ".txt")):
-        parts = [Path(f"{name}_{part}{suffix}") for name in names for part in ("mutual", "correct", "incorrect")]
-        missing = [path for path in parts if not path.exists()]
-        if 0 < len(missing) < len(parts):
-            raise ValueError(f"{missing[0]}: missing; a story is X_mutual, X_correct and X_incorrect{suffix}")
-        if not missing:  # a folder may hold one modality alone
-            cross[modality] = parts
+    for modality, files in (("speech", wavs), ("text", texts)):
+        by_name = {str(path.with_suffix("")): path for path in files}  # with its folder, without its ending
+        matches = [re.fullmatch("(.*)_(?:mutual|correct|incorrect)", name) for name in by_name]
+        stories = sorted({match[1] for match in matches if match})
+        parts = [f"{story}_{part}" for story in stories for part in ("mutual", "correct", "incorrect")]
+        for name in parts:
+            if name not in by_name:
+                raise ValueError(f"{name}{files[0].suffix}: missing; a story is X_mutual, X_correct and X_incorrect")
+        if parts:  # a folder may hold one modality alone
+            cross[modality] = [by_name[name] for name in parts]
+    spoken, written = ({path.with_suffix("") for path in cross.get(key, ())} for key in ("speech", "text"))
+    if spoken and written and spoken != written:
+        raise ValueError(f"{min(spoken ^ written)}: as .wav or as .txt alone; here each story needs both")
     return [], cross
 
 
@@ -112,14 +115,24 @@ def story_sequences(stories, setting, protocol, config, seed=1):
     before, after = MODALITIES[setting]
     sequences, spans = [], []
     for i, (context, *endings) in enumerate(stories):
-        draws = uniform(seed, PREFIX, i, np.arange(protocol["prefix"] if setting == "S->T" else 0))
-        prefix = (draws * config.vocab_size).astype(np.int64).tolist()
-        for ending in endings:
+        for which, ending in enumerate(endings):
+            prefix = []
+            if protocol["prefix"] and setting == "S->T":
+                other = other_story(stories, i, which, seed)
+                prefix = [*other[0]["text"], *other[1]["text"], config.eos_token_id][-protocol["prefix"]:]
             sequence, span = prompt_sequence(context[before], ending[after], (before, after), config, protocol["bos"],
                                              protocol["span"] == "whole", prefix)
             sequences.append(sequence)
             spans.append(span)
     return sequences, spans
+
+
+def other_story(stories, i, which, seed):
+    """A random story other than story i, drawn anew for each of its endings. ValueError if there is none."""
+    if len(stories) < 2:
+        raise ValueError("protocol: prefix needs more than one story")
+    step = 1 + int(uniform(seed, PREFIX, i, which) * (len(stories) - 1))
+    return stories[(i + step) % len(stories)]
 
 
 def score(evaluator, folder, protocol):

@@ -2,6 +2,7 @@
 #   torchrun --nproc_per_node=4 train.py config/train_150m.py
 init_from = "weights/smollm-135m"
 tokenizer = "weights/smollm-135m/tokenizer.json"
+rope_theta = 100_000.0  # as in the paper; SmolLM has 10,000
 units = "units/mhubert"  # 500 units at 25 Hz; tools/convert.py makes this folder
 
 # Table 6. Text has the weights of SmolLM's own training. Speech is drawn by size. In interleaved data the Spoken

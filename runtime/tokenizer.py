@@ -11,6 +11,7 @@ import tiktoken
 
 from runtime.files import DataError, read_json, reading
 
+END_OF_TEXT = "<|endoftext|>"
 LONGEST_SPACE = 100_000  # whitespace characters in a row; a million would overflow tiktoken's regular expressions
 
 # SmolLM first splits off every digit (any Unicode number) and then applies the GPT-2 pattern to the text in between.
@@ -67,7 +68,7 @@ def read_smollm_tokenizer(path):
         check(found[field] == wanted, field, f"has {reprlib.repr(found[field])}, but SmolLM's has {wanted}")
     # HF tokenizers find an added token that is not special inside a text. Our Tokenizer would encode its letters.
     check(only_specials, "added_tokens", "holds more than special tokens")
-    check("<|endoftext|>" in specials, "added_tokens", "has no <|endoftext|>, the end of a document")
+    check(END_OF_TEXT in specials, "added_tokens", f"has no {END_OF_TEXT}, the end of a document")
     check(agree and ids == list(range(len(ids))) and all(type(i) is int for i in ids), "model.vocab",
           "does not give every id from 0 on, with added_tokens, to one token")
     alphabet = byte_alphabet()
@@ -78,6 +79,13 @@ def read_smollm_tokenizer(path):
     check(merged == by_id and parts <= vocab.keys(), "model.merges",
           "does not make the tokens of model.vocab one by one in the order of ids")
     return {bytes(alphabet[c] for c in token): i for token, i in vocab.items()}, specials
+
+
+def end_of_text(path):
+    """The id of <|endoftext|> in a tokenizer.json, or None if it has no such token. ValueError."""
+    spec = read_json(path)
+    with reading(path, "not a tokenizer"):
+        return next((token["id"] for token in spec["added_tokens"] if token["content"] == END_OF_TEXT), None)
 
 
 class Tokenizer:
@@ -96,7 +104,7 @@ class Tokenizer:
     def __init__(self, path):
         vocab, specials = read_smollm_tokenizer(path)
         self.vocab_size = 1 + max(*vocab.values(), *specials.values())
-        self.eos = specials["<|endoftext|>"]
+        self.eos = specials[END_OF_TEXT]
         rules = [SMOLLM_PATTERN, sorted((i, token.hex()) for token, i in vocab.items()), sorted(specials.items())]
         self.hash = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
         self._bytes = {i: token for token, i in vocab.items()} | {i: name.encode() for name, i in specials.items()}

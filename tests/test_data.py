@@ -262,6 +262,6 @@ def test_prompt_sequence():
     lay_out = data.prompt_sequence
     assert lay_out([1, 2], [103], ("text", "speech"), config) == ([0, 1, 2, 121, 103], (4, 5))
     assert lay_out([101], [3, 4], ("speech", "text"), config) == ([120, 101, 121, 3, 4], (3, 5))
-    assert lay_out([101], [3], ("speech", "text"), config, prefix=[7]) == ([0, 7, 121, 101, 121, 3], (5, 6))
+    assert lay_out([101], [3], ("speech", "text"), config, prefix=[7, 0]) == ([7, 0, 101, 121, 3], (4, 5))
     assert lay_out([], [103, 104], ("speech", "speech"), config, bos=False) == ([103, 104], (1, 2))
     assert lay_out([1], [2], ("text", "text"), config, whole=True) == ([0, 1, 2], (1, 3))

@@ -141,6 +141,10 @@ def world(tmp_path, demo_folder, monkeypatch):
         names = results["made"][task]["items"]
         return results, {name: np.load(report.item_path(out, task, name)) for name in names}
 
+    def hear_units(evaluator, files):
+        evaluator.used += files
+        return [ids_of(Path(file).read_text()) for file in files]
+
     def write(files):
         """Write {path under tmp_path: text}."""
         for name, text in files.items():
@@ -154,7 +158,7 @@ def world(tmp_path, demo_folder, monkeypatch):
 
     monkeypatch.setattr(evaluate, "from_pretrained", lambda path: known)
     for module in (sblimp, storycloze):
-        monkeypatch.setattr(module, "hear_files", lambda _, files: [ids_of(Path(file).read_text()) for file in files])
+        monkeypatch.setattr(module, "hear_files", hear_units)
     return SimpleNamespace(folder=folder, tmp=tmp_path, known=known, tokenizer=tokenizer, run=run, write=write,
                            score=score, ids_of=ids_of)
 
@@ -285,6 +289,43 @@ def test_stories_of_twist(world):
     assert set(results["sstorycloze"]) == {"S"} and results["made"]["sstorycloze"]["notes"]["span"] == "whole"
 
 
+def test_files_behind_links_and_with_other_endings(world):
+    """Endings in capitals, a BOM, a blank line at the end; what is no part of a story is counted and named."""
+    world.write({f"elsewhere/{name.split('/')[1].upper()}": text for name, text in story_files().items()})
+    for path in (world.tmp / "elsewhere").iterdir():
+        path.rename(path.with_stem(path.stem.lower()))
+    (world.tmp / "tstorycloze").mkdir()
+    (world.tmp / "tstorycloze/more").symlink_to(world.tmp / "elsewhere")
+    world.write({"tstorycloze/README.txt": "Read me", "tstorycloze/notes.pdf": ""})
+    results, items = world.run("tstorycloze")
+    assert len(items["S.right"]) == len(items["T.right"]) == len(STORIES)
+    left_out = results["made"]["tstorycloze"]["left_out"]
+    assert left_out["number"] == 2 and {Path(path).name for path in left_out["first"]} == {"README.txt", "notes.pdf"}
+
+
+def test_the_prefix_of_the_release(world):
+    """S->T: the last ids of another story's text with its EOS, drawn anew for each ending, no EOS before, no switch."""
+    config, stories = Config(vocab_size=50, n_units=10), []
+    for i in range(4):
+        stories.append([dict(text=[10 * i + part] * 7, speech=[50 + part]) for part in range(3)])
+    protocol = dict(prefix=10, bos=True, span="continuation")
+    drawn = set()
+    for seed in range(20):
+        sequences, spans = storycloze.story_sequences(stories, "S->T", protocol, config, seed)
+        for number, (sequence, (a, b)) in enumerate(zip(sequences, spans)):
+            i, which = divmod(number, 2)
+            other = sequence[0] // 10
+            assert other != i and sequence[:10] == [10 * other] * 2 + [10 * other + 1] * 7 + [0]
+            assert sequence[10:] == [50, config.switch, *[10 * i + 1 + which] * 7] and sequence[a:b] == sequence[-7:]
+            drawn.add((number, other))
+    assert len(drawn) == 8 * 3  # each other story for each ending
+    for setting in ("T", "S", "T->S"):
+        assert storycloze.story_sequences(stories, setting, protocol, config) == \
+            storycloze.story_sequences(stories, setting, protocol | dict(prefix=0), config)
+    with pytest.raises(ValueError, match="prefix needs more than one story"):
+        storycloze.story_sequences(stories[:1], "S->T", protocol, config)
+
+
 def test_stories_in_four_settings(world):
     world.write(story_files())
     written, spoken = [], []
@@ -322,6 +363,9 @@ BAD_INPUT = [
     ("sstorycloze", {"sstorycloze/1_correct.wav": "1"}, "1_correct.wav: misnamed"),
     ("tstorycloze", story_files() | {"tstorycloze/fox_correct.txt": " \n"}, "fox_correct.txt: empty text"),
     ("tstorycloze", story_files() | {"tstorycloze/a_mutual.wav": "1"}, "a_correct.wav: missing"),
+    ("tstorycloze", story_files() | {"tstorycloze/a_correct.txt": "A"}, "a_mutual.txt: missing"),
+    ("tstorycloze", story_files() | {f"tstorycloze/a_{part}.wav": "1" for part in ("mutual", "correct", "incorrect")},
+     "a_correct: as .wav or as .txt alone"),
     ("text --dtype=float16", {}, "dtype=float16: choose float32 or bfloat16"),
     ("text --protocol.blimp.ties=some", {}, "protocol.blimp.ties=some: choose share or wrong or first"),
     ("text --versus=nowhere", {}, "nowhere: no checkpoint here"), ("text", {}, "text has no data; set --text")]

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -374,12 +375,78 @@ def test_backbone_opens_in_transformers(tmp_path):
     torch.testing.assert_close(both_logits(m, ids)[0], llama(ids).logits, atol=2e-5, rtol=1e-4)
 
 
+ROPES = dict(default={}, linear=dict(factor=2.0), dynamic=dict(factor=2.0),
+             yarn=dict(factor=2.0, original_max_position_embeddings=32),
+             llama3=dict(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+             longrope=dict(factor=2.0, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
+                           original_max_position_embeddings=32))
+
+
+@pytest.mark.parametrize("spelling", ["transformers 5", "both thetas", "transformers 4", "old transformers 4"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_is_what_transformers_takes_it_for(tmp_path, kind, spelling):
+    """The logits are equal, or config.json is refused with the key. The older spellings are those of 4.57 and 4.30."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    rope, path = dict(rope_type=kind, rope_theta=500.0, **ROPES[kind]), tmp_path / CONFIG
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                         num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
+                         initializer_range=0.3, rope_parameters=rope)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    values = json.loads(path.read_text())
+    if spelling == "both thetas":
+        values["rope_theta"] = 7.0  # transformers takes the one in rope_parameters
+    elif "4" in spelling:
+        rope = values.pop("rope_parameters")
+        values["rope_theta"] = rope.pop("rope_theta")
+        if spelling.startswith("old"):
+            rope["type"] = rope.pop("rope_type")
+        values["rope_scaling"] = rope if kind != "default" or spelling.startswith("old") else None
+    path.write_text(json.dumps(values))
+    key = "rope_scaling" if "4" in spelling else "rope_parameters"
+    if kind != "default":
+        with pytest.raises(ValueError, match=f"config.json: .*rope_type in {key} is '{kind}'"):
+            from_pretrained(tmp_path)
+        return
+    ids = torch.arange(50)[None]
+    llama = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(both_logits(from_pretrained(tmp_path).eval(), ids)[0], llama(ids).logits, atol=2e-5,
+                               rtol=1e-4)
+
+
+def test_tied_weights_may_be_written_twice(tmp_path):
+    m = make()
+    save_pretrained(m, tmp_path)
+    change_file(tmp_path / WEIGHTS, {"lm_head.weight": m.model.embed_tokens.weight.data.clone()})
+    torch.testing.assert_close(m.state_dict(), from_pretrained(tmp_path).state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("exported", [2, [2, 3], None])
+def test_texts_end_as_the_tokenizer_says(tmp_path, demo_folder, exported):
+    """Chat models name another token in config.json, which is only kept."""
+    save_pretrained(make(), tmp_path)
+    change_file(tmp_path / CONFIG, dict(eos_token_id=exported))
+    shutil.copy(demo_folder / "tokenizer.json", tmp_path)
+    m = from_pretrained(tmp_path)
+    assert m.config.eos_token_id == 0
+    save_pretrained(m, tmp_path / "again")
+    assert from_pretrained(tmp_path / "again").config == m.config
+    assert json.loads((tmp_path / "again" / CONFIG).read_text())["eos_token_id"] == (exported or 0)
+
+
+def test_a_model_that_speaks_keeps_its_switches(tmp_path):
+    save_pretrained(make(residual=False), tmp_path)
+    assert from_pretrained(tmp_path, residual=False, rope_theta=5.0).config.rope_theta == 5.0
+    with pytest.raises(ValueError, match="residual is False, and a model that speaks keeps it; set --residual=False"):
+        from_pretrained(tmp_path, residual=True)
+
+
 @pytest.mark.parametrize("file, change, message", [
     (CONFIG, {"model_type": "qwen2"}, "model_type is 'qwen2'"),
     (CONFIG, {"head_dim": 5}, "head_dim is 5"),
     (CONFIG, {"hidden_size": 1 << 19}, "config.json asks for"),
     (CONFIG, {"num_key_value_heads": 3}, "num_attention_heads=4 must divide"),
-    (WEIGHTS, {"lm_head.weight": torch.zeros(50, 32)}, "'lm_head.weight' has shape .50, 32., config.json"),
+    (WEIGHTS, {"lm_head.weight": torch.zeros(50, 32)}, "lm_head.weight is not equal to model.embed"),
     (WEIGHTS, {"model.norm.weight": torch.full([32], math.nan)}, "model.safetensors: tensor .* not finite"),
     (INDEX, {"weight_map": {"a": "../model.safetensors"}}, "is not the name of a file in the folder"),
     (INDEX, {"weight_map": {"lm_head.weight": WEIGHTS}}, "'lm_head.weight' is only in")])

@@ -153,6 +153,8 @@ def folder(tmp_path_factory):
     np.save(path / "units.npy", np.array([3, 3, 4, 11, 11, 0], np.uint16))
     for name, ids in dict(few=[5, 6, 7], high=[5, 12], long=[1, 2] * 100).items():
         (path / f"{name}.json").write_text(json.dumps(ids))
+    for name in ("tale.txt", "tale"):
+        (path / name).write_text("Once upon a time.")
     return path
 
 
@@ -210,12 +212,35 @@ def test_back_and_forth_and_a_batch(folder, capsys, tmp_path):
     assert list(tmp_path.glob("answer-?-3.wav"))
 
 
+@pytest.mark.parametrize("name, form", [("NOTE.WAV", "WAV"), ("note.oga", "OGG"), ("note.Aiff", "AIFF"), ("n.au", "AU"),
+                                        ("note.caf", "CAF"), ("note", "FLAC"), ("Dear Anna.", "WAV"), ("n.mp3", "MP3")])
+def test_a_file_of_sound_is_heard_whatever_its_name(folder, capsys, tmp_path, monkeypatch, name, form):
+    import soundfile
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes((folder / "said.wav").read_bytes())
+    said, _ = soundfile.read(folder / "said.wav")
+    soundfile.write(tmp_path / name, said, 16000, format=form)
+    heard, of_wav = (talk(folder, capsys, tmp_path, f"--prompt={file}", "--to=text:9") for file in (name, "@said.wav"))
+    assert heard[0] == of_wav[0] or form in ("OGG", "MP3")  # these two change the sound
+    assert sample.kind_of(name) == "sound" and sample.kind_of("no such file") == "text"
+
+
+def test_ids_without_a_token_are_never_drawn():
+    def last(logits):
+        return torch.full([len(logits)], logits.size(-1) - 1)
+    for n_tokens, wanted in ((None, 49), (40, 39)):
+        made = list(sample.generate(MODELS[0], [[1]], [("text", 3), ("speech", 1)], last, n_tokens=n_tokens))
+        assert [symbols for _, symbols in made] == [[wanted]] * 3 + [[None]]  # the last of speech is EOS
+
+
 @pytest.mark.parametrize("args, message", [
     (["--prompt= \t"], "empty prompt: --prompt has no text in it"),
     (["--prompt=It is", "--prompt=@long.json"], "prompt too long: 202 symbols, 329 with .* has 200 positions"),
-    (["--prompt=@hum.wav"], "silent audio: .*hum.wav stays below -60 dB"),
+    (["--prompt=@hum.wav"], "silent audio: .*hum.wav stays below -80 dB"),
     (["--prompt=@click.wav"], "audio too short: .*click.wav has 300 samples"),
-    (["--prompt=@nowhere.wav"], "unreadable audio: .*nowhere.wav"),
+    (["--prompt=@nowhere.wav"], "unreadable audio: .*nowhere.wav"), (["--prompt=@NOTE.OPUS"], "audio: .*NOTE.OPUS"),
+    (["--prompt=@tale.txt"], "audio: .*tale.txt .*; for the text in this file write --prompt=.*cat "),
+    (["--prompt=@tale"], "audio: .*tale .*; for the text in this file write --prompt=.*cat "),
     (["--prompt=@few.json", "--prompt=@high.json"], "high.json: not a list of units; .* each from 0 to 11"),
     (["--to=text,text"], "two parts of text in a row"),
     (["--to=speech:0"], "--to=speech:0: 'speech:0' is not"),

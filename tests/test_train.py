@@ -1,4 +1,5 @@
 """train.py on one process: its settings, its stages, exact resuming, and what a run leaves."""
+import dataclasses
 import json
 import math
 import shutil
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
+import sample
 import train
 from configurator import configure
 from data import Batch
-from model import Config, SmolTolk, from_pretrained, make_layout, selector_entropy
+from model import Config, SmolTolk, from_pretrained, make_layout, save_pretrained, selector_entropy
 from runtime.datasets import open_set
 from runtime.distributed import ALONE, World
 from runtime.log import flat, read_log
@@ -81,8 +83,8 @@ def test_what_a_run_leaves(run):
     assert json.loads((run / "settings.json").read_text())["stages"]["stage2"]["decay"] == 0.5
 
 
-def test_starting_from_a_text_model(run, demo_folder, tmp_path):
-    """init_from: shape and weights of the backbone are the folder's, rope_theta and the switches are the settings'."""
+def test_starting_from_a_text_model(run, demo_folder, tmp_path, capsys):
+    """init_from: shape and weights of the backbone are the folder's, and so is rope_theta if no setting names one."""
     source, folder = run / "checkpoint-00000004", tmp_path / "llama"
     folder.mkdir()
     shutil.copy(source / "model.safetensors", folder)
@@ -92,11 +94,29 @@ def test_starting_from_a_text_model(run, demo_folder, tmp_path):
     stages = dict(stage1=dict(steps=1, mixture=dict(interleaved=1), train="new", speech_learning_rate=1e-3))
     more = dict(init_from=folder, stages=stages, hidden_size=999, residual=False, rope_theta=50_000.0)
     train.main(arguments(demo_folder, tmp_path / "out", **more))
+    assert "rope_theta: 10000.0 -> 50000.0" in capsys.readouterr().out
     model = from_pretrained(tmp_path / "out" / "checkpoint-00000001")
     assert (model.config.hidden_size, model.config.residual, model.config.rope_theta) == (32, False, 50_000.0)
     assert model.config.eos_token_id == 0  # the tokenizer's <|endoftext|>, whatever config.json says
     for name, value in load_file(source / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], value)
+    train.main(arguments(demo_folder, tmp_path / "own", **more | dict(rope_theta=0)))
+    assert "rope_theta" not in capsys.readouterr().out
+    assert from_pretrained(tmp_path / "own" / "checkpoint-00000001").config.rope_theta == 10_000.0
+
+
+def test_starting_from_a_model_with_more_ids_than_tokens(run, demo_folder, tmp_path):
+    """Vocabularies are padded to multiples of 64. The remedy of the message works, and such ids are not drawn."""
+    folder, more = tmp_path / "padded", dict(stages=dict(text=dict(steps=1, mixture=dict(text=1), train="text")))
+    config = dataclasses.replace(from_pretrained(run / "checkpoint-00000004").config, vocab_size=1280)
+    save_pretrained(SmolTolk(config), folder)
+    (folder / "speech.safetensors").unlink()
+    with pytest.raises(SystemExit, match="set --vocab_size=1280 ") as error:
+        train.main(arguments(demo_folder, tmp_path / "out", init_from=folder, **more))
+    assert "\n" not in str(error.value)
+    train.main(arguments(demo_folder, tmp_path / "out", init_from=folder, vocab_size=1280, **more))
+    checkpoint = tmp_path / "out" / "checkpoint-00000001"
+    sample.main([f"--checkpoint={checkpoint}", "--temperature=1e4", "--max_new=100", "--device=cpu"])
 
 
 def test_schedule():
