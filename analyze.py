@@ -653,7 +653,7 @@ def save(command, settings, rows, results):
     path = Path(settings.out) / command
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
-    with open(f"{path}.csv", "w", newline="") as file:
+    with open(f"{path}.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         for row in rows:

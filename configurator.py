@@ -4,10 +4,10 @@ Settings: the defaults in a script, changed first by a config file and then by t
     settings, name = configure(dict(steps=100, learning_rate=3e-4), sys.argv[1:])
 
 A config file contains only assignments like `learning_rate = 10 * 3e-4`. A value may use names assigned above it. Names
-that start with `_` are not settings. `base = "train_tiny.py"` applies another file first, from the same folder or from
-config/. A dict or list replaces the whole default. `--stages.stage2.steps=100` changes one value in a dict. Every value
-must have the type of its default, except that a dict {folder: weight} may replace a list of folders. A mistake ends the
-script with one line that says where the mistake is and what to write instead.
+that start with `_` are not settings. `base = "train_tiny.py"` applies another file first, from the same folder, from
+config/, or by its path. A dict or list replaces the whole default. `--stages.stage2.steps=100` changes one value in a
+dict. Every value must have the type of its default, except that a dict {folder: weight} may replace a list of folders.
+A mistake ends the script with one line that says where the mistake is and what to write instead.
 """
 import ast
 import copy
@@ -30,6 +30,9 @@ def configure(defaults, argv, complete=lambda settings: None, described_in=()):
     described_in   files, in addition to the running script, whose comments describe settings for --help
     SystemExit with code 0 after --help, and with a one-line message for a mistake in argv or the file.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows a question mark
+            stream.reconfigure(errors="replace")
     if "-h" in argv or "--help" in argv:
         print_help(defaults, described_in)
         sys.exit(0)
@@ -86,7 +89,8 @@ def apply_file(settings, defaults, path, derived=()):
         raise SystemExit(f"{path}: starts from itself; remove a base = line in {' or '.join(p.name for p in derived)}")
     values, places = read_file(path)
     if "base" in values:
-        base = find_config(str(values.pop("base")), [path.parent, ROOT / "config"], places["base"])
+        folders = [path.parent, ROOT / "config", ROOT, Path()]
+        base = find_config(str(values.pop("base")), folders, places["base"])
         apply_file(settings, defaults, base, (*derived, path.resolve()))
     for key, value in values.items():
         if not key.startswith("_"):

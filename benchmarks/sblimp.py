@@ -87,7 +87,8 @@ def score_split(evaluator, folder, protocol):
     scores = dict(sum=dict(zip(files, total.tolist())), mean=dict(zip(files, means.tolist())))
     if evaluator.world.rank == 0:
         submission = evaluator.path.with_name(f"{evaluator.path.stem}.sblimp.{folder.name}.txt")
-        submission.write_text("".join(f"{name} {value!r}\n" for name, value in scores[measure].items()))
+        lines = [f"{name} {value!r}\n" for name, value in scores[measure].items()]
+        submission.write_text("".join(lines), encoding="utf-8")
     if not rows:
         return None, arrays
     result, right = table(rows, scores[measure], protocol["ties"])

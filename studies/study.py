@@ -278,7 +278,7 @@ def write_tables(rows, study, c):
     before = other_scores(json.loads(path.read_text())) if path.exists() else {}
     contents = dict(study=study.name, seeds=c.seeds, before=before, rows=rows)
     stem.with_suffix(".json").write_text(json.dumps(contents, indent=1))
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
+    with open(stem.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "setting", "seed", "accuracy", "parameters", "flops"])
         for row in rows:
@@ -286,7 +286,7 @@ def write_tables(rows, study, c):
                 for seed, score in zip(row["seeds"], cell["scores"]):
                     writer.writerow([row["run"], setting, seed, score, row["parameters"], row["flops"]])
     tables = as_markdown(rows, before)
-    stem.with_suffix(".md").write_text(tables)
+    stem.with_suffix(".md").write_text(tables, encoding="utf-8")
     figures.study_bars(rows, stem.with_suffix(".png"))
     print(tables)
     print(f"written to {stem}.md, .csv, .json, .png")

@@ -1,10 +1,13 @@
 """configurator.py: defaults, config files, the command line, and one-line messages for every mistake."""
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 import configurator
+import train
 from configurator import ROOT, configure
 
 STAGES = dict(stage1=dict(steps=10, learning_rate=1e-3, train="new"), stage2=dict(steps=20, learning_rate=1e-3))
@@ -118,3 +121,23 @@ raise SystemExit(3)
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--text=['a#b']" in done.stdout
     assert [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if "--steps" in line] == ["of the optimizer"]
+
+
+def test_every_path_that_an_error_suggests_is_found(tmp_path, monkeypatch):
+    """base = "config/train_tiny.py" in a file outside config/ led to an error that suggested just that."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "mine.py", "base = 'train_tinny.py'")
+    with pytest.raises(SystemExit) as error:
+        configure(train.DEFAULTS, ["mine.py"])
+    suggested = re.search(r"did you mean (.*)\?", str(error.value))[1]
+    for base in (suggested, "train_tiny.py", "config/train_tiny.py"):
+        write(tmp_path, "mine.py", f"base = {base!r}")
+        assert configure(train.DEFAULTS, ["mine.py"])[0]["hidden_size"] == 96
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_of_any_encoding_shows_what_it_can(encoding):
+    code = "from configurator import configure; configure({}, []); print('71 ± 2, Ø 漢')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env=os.environ | dict(PYTHONIOENCODING=encoding))
+    assert done.returncode == 0 and done.stdout == "71 ± 2, Ø 漢\n".encode(encoding, "replace")

@@ -1,8 +1,12 @@
 """corpora/: each layout becomes the right data sets; bad items, shards and interruptions."""
 import gzip
+import importlib
+import io
 import itertools
 import json
+import lzma
 import os
+import random
 import runpy
 import shutil
 import sys
@@ -11,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_audio import with_soundfile
 
 from corpora import common, demo, files, parts
 from data import open_source
@@ -373,6 +378,111 @@ def test_each_bad_item_is_dropped_with_its_reason(tools, tmp_path, aligner):
     wanted = expect(tools, (path, SENTENCES[0]), (path, last["text"], WORD, 5 * WORD))
     check("manifest", tools, tmp_path, wanted, dict.fromkeys(bad, 1), "in", aligner="mms", max_seconds=1.9)
     assert aligner == ["much " * 40]  # items with word times do not go to the aligner
+
+
+def test_links_and_capitals_and_what_is_left_out(tools, tmp_path):
+    """A folder behind a link, a link that leads back, two endings in capitals, a link to nothing, files of no use."""
+    source, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for i, path in enumerate((source / "a/0.flac", elsewhere / "1.FLAC", elsewhere / "unused.wav")):
+        timed = record(path, SENTENCES[i])
+        write(path.parent / ("LIST.JSONL" if i else "list.jsonl"),
+              json.dumps(dict(audio=path.name, text=SENTENCES[i], words=timed)) if i < 2 else "")
+    write(elsewhere / "LIST.JSONL", json.dumps(dict(audio="1.FLAC", text=SENTENCES[1], words=say(SENTENCES[1])[1])))
+    (source / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(source)
+    (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    write(source / "notes.PDF", "")
+    wanted = expect(tools, (source / "a/0.flac", SENTENCES[0]), (elsewhere / "1.FLAC", SENTENCES[1]))
+    report = check("manifest", tools, tmp_path, wanted, {}, "in")
+    assert report["left_out"] == {".pdf": 1, ".wav": 1, ".jsonl": 1}
+    left_out = json.loads((tmp_path / "out/left_out.json").read_text())
+    assert left_out == [str(source / name) for name in ("gone.jsonl", "link/unused.wav", "notes.PDF")]
+
+
+def test_out_may_lie_inside_the_source(tools, tmp_path):
+    """A second run does not read dropped.jsonl and what else the first has made."""
+    timed = record(tmp_path / "a.flac", SENTENCES[0])
+    good = dict(audio="a.flac", text=SENTENCES[0], words=timed)
+    write(tmp_path / "list.jsonl", json.dumps(good), json.dumps(good | dict(text="other")))
+    for out in ("sets/out", "sets/out", "sets/again"):
+        report = run("manifest", tools, tmp_path, tmp_path / out)
+        assert (report["items"], report["documents"]) == (2, 1)
+    with pytest.raises(SystemExit, match="--out=.*: is --source; give a folder of its own"):
+        run("manifest", tools, tmp_path, tmp_path)
+
+
+ENGLISH = {  # the listing that a script reads, in {path: lines}; the first path is given to read()
+    "text": {"tale.txt": [SENTENCES[0], "", SENTENCES[1]]},
+    "manifest": {"a.jsonl": [json.dumps(dict(text="é", words=[["é", 0, 1]])), json.dumps(dict(text="Who knows?"))]},
+    "librispeech": {"1-2.trans.txt": ["1-2-0000 SHE HAD", "1-2-0001 YOUR DARK SUIT"],
+                    "1-2.alignment.txt": ['1-2-0000 ",SHE,HAD," "0.1,0.4,0.8,1.0"']},
+    "timit": {"X/SA1.WRD": ["0 8000 she", "8000 16000 had"], "X/SA1.TXT": ["0 16000 She had."], "X/SA1.WAV": [""]},
+    "voxpopuli": {"asr_train.tsv": ["id\traw_text\tnormalized_text", "2020-x\tShe had.\tshe had", "2020-y\t\twho"]},
+    "tedlium": {"stm/A.stm": ["A 1 A 0.0 1.5 <o,f0,male> she had", "A 1 A 1.5 2.5 your dark suit", "A 1 A 3 4 <unk>"]},
+    "asterisk": {"usr/share/doc/x/core-sounds-en.txt.gz": ["digits/7: seven", "digits/8: eight"]},
+    "prose": {"book.txt": [SENTENCES[0], SENTENCES[1]]}}
+OPTIONS = dict(kind="paired", field="text", alignments="", passage=5, speakers=[0])
+
+
+@pytest.mark.parametrize("name", ENGLISH)
+def test_what_stands_between_file_and_text_is_no_part_of_it(tmp_path, name):
+    """Byte order marks, line ends and a missing last line end, in every kind of text file that a script opens."""
+    found = []
+    for mark, codec, end, ends in (("", "utf-8", "\n", 1), ("\ufeff", "utf-8", "\n", 1), ("", "utf-8", "\r\n", 1),
+                                   ("\ufeff", "utf-16-le", "\r\n", 1), ("\ufeff", "utf-16-be", "\n", 0),
+                                   ("\ufeff", "utf-32-le", "\n", 0)):
+        for path, lines in ENGLISH[name].items():
+            raw = (mark + end.join(lines) + end * ends * (name != "text")).encode(codec)
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(gzip.compress(raw) if path.endswith(".gz") else raw)
+        items = importlib.import_module(f"corpora.{name}").read(tmp_path / next(iter(ENGLISH[name])), OPTIONS)
+        found.append([(item.id, item.text, item.start, item.words) if isinstance(item, common.Item)
+                      else (item.id, str(item.error)) for item in items])
+    assert all(items == found[0] for items in found) and found[0]
+    assert not any("\ufeff" in str(item) or "\r" in str(item) for item in found[0])
+    if name == "tedlium":
+        assert [item[1] for item in found[0]] == ["she had", "your dark suit", "unknown word in transcript: '<unk>'"]
+    if name == "librispeech":
+        assert found[0][0] == ("1-2-0000", "SHE HAD", 0.0, [("SHE", 0.1, 0.4), ("HAD", 0.4, 0.8)])
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "xz"])
+def test_a_compressed_file_that_breaks_off(tools, tmp_path, ending):
+    """What can be read is read. The file is named, and not a record that would be to blame."""
+    pyarrow, rng, frames = pytest.importorskip("pyarrow"), random.Random(0), []
+    packers = dict(gz=gzip.compress, xz=lzma.compress, zst=lambda raw: pyarrow.compress(raw, "zstd", asbytes=True))
+    lines = [json.dumps(dict(text=" ".join(rng.choices(SENTENCES, k=20)))) + "\n" for _ in range(6000)]
+    for part in (lines[:3000], lines[3000:]):  # two frames, as parallel packers write them
+        frames.append(packers[ending]("".join(part).encode()))
+    for share in (1.0, 0.8):
+        path = tmp_path / f"{share}/a.jsonl.{ending}"
+        path.parent.mkdir()
+        path.write_bytes(b"".join(frames)[:int(share * sum(map(len, frames)))])
+        report = run("text", tools, path.parent, tmp_path / f"out{share}", kind="text")
+        if share == 1:
+            assert report["documents"] == report["items"] == 6000
+            continue
+        assert 3000 <= report["documents"] == report["items"] - 1 < 6000 and report["dropped"] == {"unreadable file": 1}
+        (reason,) = dropped(tmp_path / f"out{share}").values()
+        assert f"breaks off after line {report['documents']}; what follows is lost" in reason
+
+
+def test_only_the_whole_sound_goes_with_a_text(tools, tmp_path, aligner):
+    """Joined recordings are read in full. Broken and silent ones are dropped with the reason, at every entrance."""
+    flacs = [with_soundfile(say(sentence)[0], format="FLAC") for sentence in SENTENCES[:2]]
+    whole = np.concatenate([soundfile.read(io.BytesIO(flac), dtype="float32")[0] for flac in flacs])
+    contents = dict(joined=b"".join(flacs), broken=with_soundfile(whole, format="OGG")[:-20],
+                    zero=with_soundfile(0 * whole, format="WAV"),
+                    cancel=with_soundfile(np.stack([whole, -whole], 1), format="WAV"))
+    for name, content in contents.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / f"in/{name}.wav").write_bytes(content)
+    text = " ".join(SENTENCES[:2])
+    write(tmp_path / "in/a.jsonl", *(json.dumps(dict(audio=f"{name}.wav", text=text)) for name in contents))
+    reasons = {"unreadable audio": 1, "silent audio": 2}
+    wanted = [expected(tools, text, whole, WORD * np.arange(1, 12))]
+    check("manifest", tools, tmp_path, wanted, reasons, "in", aligner="mms")
+    assert run("manifest", tools, tmp_path / "in", tmp_path / "s", kind="speech")["dropped"] == reasons
 
 
 # parts, shards, interruptions

@@ -75,7 +75,7 @@ def make(source, out):
                 name = "-".join(re.findall("[a-z0-9]+", text.lower())[:4])[:60]
                 if name in counts:
                     name += f"-{len(counts)}"
-                (folder / f"{name}.txt").write_text(text)
+                (folder / f"{name}.txt").write_text(text, encoding="utf-8")
                 counts[name] = len(text.split())
         if not counts:
             raise SystemExit(f"{source}: no book of {SHORTEST} words or more in any .rdb or .bzz file; "
