@@ -11,9 +11,9 @@ HuggingFaceTB/finemath. Licence: ODC-By; the code in Python-Edu has various lice
 documents in the column `text`. Python-Edu only lists files, which must be downloaded from Software Heritage: see its
 dataset card.
 
-Layout: files at any depth below --source. A .parquet, .jsonl, .jsonl.gz or .jsonl.zst file has a document in each row.
-A .txt file is one document. --shard=i/n splits the documents, but each shard reads all files. To split a very large
-corpus among machines, give each machine a folder with some of the files.
+Layout: files at any depth below --source. A .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .jsonl.xz file has a document in
+each row. A .txt file is one document. --shard=i/n splits the documents, but each shard reads all files. To split a very
+large corpus among machines, give each machine a folder with some of the files.
 """
 
 from corpora import common, files

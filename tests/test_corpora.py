@@ -1,6 +1,5 @@
 """corpora/: each layout becomes the right data sets; bad items, shards and interruptions."""
 import gzip
-import importlib
 import io
 import itertools
 import json
@@ -435,7 +434,7 @@ def test_what_stands_between_file_and_text_is_no_part_of_it(tmp_path, name):
             raw = (mark + end.join(lines) + end * ends * (name != "text")).encode(codec)
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_bytes(gzip.compress(raw) if path.endswith(".gz") else raw)
-        items = importlib.import_module(f"corpora.{name}").read(tmp_path / next(iter(ENGLISH[name])), OPTIONS)
+        items = runpy.run_module(f"corpora.{name}")["read"](tmp_path / next(iter(ENGLISH[name])), OPTIONS)
         found.append([(item.id, item.text, item.start, item.words) if isinstance(item, common.Item)
                       else (item.id, str(item.error)) for item in items])
     assert all(items == found[0] for items in found) and found[0]
