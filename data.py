@@ -25,7 +25,7 @@ import torch
 
 from model import Layout, make_layout
 from runtime.datasets import open_set
-from runtime.files import DataError
+from runtime.files import DataError, find_files
 
 STEPS_AHEAD = 2  # number of steps for which the loader makes batches in advance
 
@@ -40,9 +40,13 @@ class Source(NamedTuple):
 
 
 def sets_in(folder):
-    """The data sets in a folder, or the folder itself if it is a data set."""
+    """The data sets in a folder, at any depth, or the folder itself if it is a data set."""
     folder = Path(folder)
-    inside = [] if (folder / "meta.json").exists() else sorted(path.parent for path in folder.glob("*/meta.json"))
+    if (folder / "meta.json").exists() or not folder.is_dir():
+        return [folder]
+    inside = [path.parent for path in find_files(folder, ["meta.json"]) if path.name == "meta.json"]
+    # Hidden folders hold sets that are still being written.
+    inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     return inside or [folder]
 
 

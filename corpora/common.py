@@ -18,7 +18,9 @@ An item with any fault is dropped. dropped.jsonl in its part says why, and repor
 Files below --source that no item comes from are listed in left_out.json, and report.json counts their endings.
 
 Only the main process reads the files of a corpus. For a text set it can keep four or five workers busy. To use more
-cores, start several shards.
+cores or GPUs, start several shards. torchrun does that: each of its processes takes a shard, and a GPU if there is one.
+
+    torchrun --nproc_per_node=4 -m corpora.librilight --source=librilight --out=data/librilight --units=units/mhubert
 """
 
 import contextlib
@@ -26,12 +28,14 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
 import sys
 import threading
 import time
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -47,7 +51,7 @@ from corpora.parts import Bad, Document, finished_parts, write_part, write_repor
 from runtime.files import find_files, one_line, read_json, replace_file
 from runtime.tokenizer import Tokenizer
 from speech.align import align, load_aligner
-from speech.audio import SAMPLE_RATE, check_sound, read_audio
+from speech.audio import SAMPLE_RATE, SUFFIXES, check_sound, read_audio
 from speech.transcripts import assign_units, match_words
 from speech.units import load_units, n_frames, read_vocabulary
 
@@ -59,13 +63,18 @@ DEFAULTS = dict(
     tokenizer="",                 # a tokenizer.json; not needed for speech
     aligner="",                   # finds missing word times: folder of MMS's aligner, or pocketsphinx
     shard="0/1",                  # i/n takes the items i, i + n, i + 2n, ...; shards can run anywhere, in any order
+    shard_by="items",             # or files: i/n takes the files i, i + n, ..., and reads no others
     workers=os.cpu_count() or 1,  # processes that read sound, make mel units and tokenise; 0: one thread
     device="auto",                # where HuBERT and the aligner run: cpu, cuda, or auto
     part_tokens=1 << 26,          # the data set is written in parts of about this many tokens
+    max_tokens=0,                 # stop after about this many tokens, over all shards; 0: take the whole corpus
+    val_share=0.0,                # share of the items that are held out; a hash of an item's id decides
+    split="train",                # train: all items that are not held out; val: only these
     max_seconds=300.0,            # items with longer audio are dropped
 )
 PART_NAME = re.compile(r"(?:\.unfinished-)?shard-\d+-of-\d+-\d{5}")  # the folder of a part, see make()
 BLOCK = dict(text=256, speech=64, paired=64)  # items in a block; a worker takes a sixteenth of a block at a time
+IDENTITY = ("part_tokens", "max_tokens", "val_share", "split", "max_seconds", "shard_by")  # they determine the data
 AHEAD = 2  # how many blocks the workers may be ahead of the main process
 
 
@@ -228,7 +237,7 @@ def worker_pool(workers):
 # In the main process
 
 def read_files(files, read, settings, bar, used):
-    """Yield all items of a corpus, in order. A damaged file counts as one more item, a Bad.
+    """Yield all items of a split of a corpus, in order. A damaged file counts as one more item, a Bad.
 
     used: a set, to which the paths of sound files are added.
     """
@@ -237,7 +246,8 @@ def read_files(files, read, settings, bar, used):
             for item in read(path, settings):
                 if isinstance(item, Item) and isinstance(item.audio, str | os.PathLike):
                     used.add(Path(item.audio))
-                yield item
+                if is_held_out(item.id, settings["val_share"]) == (settings["split"] == "val"):
+                    yield item
         except Exception as error:
             if type(error) is RuntimeError:  # an optional package is missing
                 raise SystemExit(str(error)) from None
@@ -319,9 +329,18 @@ def check(settings, kinds):
             raise SystemExit(f"--{key}={settings[key]}: give an existing file or folder; a {kind} set needs it")
     if not settings["out"]:
         raise SystemExit("--out is missing: give a folder for the data sets")
+    if settings["shard_by"] not in ("items", "files"):
+        raise SystemExit(f"--shard_by={settings['shard_by']}: write items or files")
+    if settings["split"] not in ("train", "val") or not 0 <= settings["val_share"] < 1:
+        raise SystemExit(f"--split={settings['split']} --val_share={settings['val_share']}: write train or val, and a "
+                         "share of at least 0 and less than 1")
+    if settings["split"] == "val" and not settings["val_share"]:
+        raise SystemExit("--split=val: nothing is held out; write --val_share=0.001, as for --split=train")
     if not shard or int(shard[1]) >= int(shard[2]):
         raise SystemExit(f"--shard={settings['shard']}: write i/n, with i from 0 to n - 1")
-    return int(shard[1]), int(shard[2])
+    # torchrun's processes share the shard that this machine was given.
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(shard[1]) * processes + rank, int(shard[2]) * processes
 
 
 def load_models(settings):
@@ -330,7 +349,7 @@ def load_models(settings):
 
     device, kind = settings["device"], settings["kind"]
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         return Models(
             vocabulary=load_units(settings["units"], device) if kind != "text" else None,
@@ -352,9 +371,14 @@ def identify(corpus, files, n_shards, models, settings):
     aligner = [path for path in sorted(Path(settings["aligner"]).rglob("*")) if path.is_file()]
     return own | dict(
         corpus=corpus, kind=settings["kind"], files=listing_hash(settings["source"], files), shards=n_shards,
-        block=BLOCK[settings["kind"]], part_tokens=settings["part_tokens"], max_seconds=settings["max_seconds"],
+        block=BLOCK[settings["kind"]], **{key: settings[key] for key in IDENTITY},
         tokenizer=models.tokenizer and models.tokenizer.hash, units=models.vocabulary and models.vocabulary.hash,
         aligner=models.aligner and (listing_hash(settings["aligner"], aligner) if aligner else settings["aligner"]))
+
+
+def is_held_out(name, share):
+    """Whether the item with this id is among the share of items that are held out."""
+    return zlib.crc32(name.encode(errors="surrogateescape")) < share * 2**32
 
 
 def is_result(path, out):
@@ -372,6 +396,11 @@ def write_left_out(out, source, used, companions):
     left = [path for path in found if path not in used and not path.name.lower().endswith(tuple(companions))]
     left = [str(path) for path in left if not is_result(path, out)]
     replace_file(out / "left_out.json", json.dumps(left, indent=1))
+
+
+def tokens_left(done, most):
+    """How many tokens a shard may still get, given the records of its parts. most: 0 for no limit."""
+    return most - sum(sum(record["tokens"].values()) for record in done) if most else math.inf
 
 
 def make(corpus, find, read, settings, kinds, companions=()):
@@ -396,21 +425,27 @@ def make(corpus, find, read, settings, kinds, companions=()):
     done = finished_parts(out, shard, n_shards, identity)
 
     bar = tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc=corpus, disable=None)
-    with worker_pool(settings["workers"]) as pool, bar:
+    workers = -(-settings["workers"] // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
+    with worker_pool(workers) as pool, bar:
         first = done[-1]["next"] if done else 0
-        used = set(files)
-        items = read_files(files, read, settings, bar, used)
-        items = itertools.islice(items, shard + first * n_shards, None, n_shards)
+        used, by_files = set(files), settings["shard_by"] == "files"
+        if by_files:
+            items = read_files(files[shard::n_shards], read, settings, bar, used)
+            items = itertools.islice(items, first, None)
+        else:
+            items = read_files(files, read, settings, bar, used)
+            items = itertools.islice(items, shard + first * n_shards, None, n_shards)
         blocks = make_blocks(items, settings | dict(mel=mel), models, pool)
-        while not (done and done[-1]["last"]):
+        while not (done and done[-1]["last"]) and (room := tokens_left(done, settings["max_tokens"] / n_shards)) > 0:
             folder = out / f"shard-{shard}-of-{n_shards}-{len(done):05}"
-            done.append(write_part(folder, first, blocks, settings["part_tokens"], kind, models.tokenizer, units,
-                                   identity))
+            done.append(write_part(folder, first, blocks, min(settings["part_tokens"], room), kind, models.tokenizer,
+                                   units, identity))
             first = done[-1]["next"]
             bar.set_postfix(parts=len(done), items=first)
-            if done[-1]["last"]:  # all items were read
-                write_left_out(out, source, used, companions)
-    left_out = Counter(Path(path).suffix.lower() for path in read_json(out / "left_out.json", list))
+            if done[-1]["last"]:  # all items were read, or by files all of this shard: the others may use more sound
+                write_left_out(out, source, used, (*companions, *SUFFIXES) if by_files and n_shards > 1 else companions)
+    listed = read_json(out / "left_out.json", list) if (out / "left_out.json").exists() else []
+    left_out = Counter(Path(path).suffix.lower() for path in listed)
     name = "report.json" if n_shards == 1 else f"report-{shard}-of-{n_shards}.json"
     return write_report(out / name, dict(corpus=corpus, shard=settings["shard"], kind=kind, left_out=left_out), done)
 

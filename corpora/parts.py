@@ -44,7 +44,7 @@ def finished_parts(out, shard, n_shards, identity):
     for path in sorted(out.glob("*/part.json")):
         record = read_json(path)
         for key, value in identity.items():
-            before = record["identity"].get(key)
+            before = record["identity"].get(key, value)  # sets made before a setting existed do not have it
             if value != before:
                 raise SystemExit(f"{path.parent}: was made with {key} {before!r}, now it is {value!r}; "
                                  f"use the same again or another --out")

@@ -595,3 +595,42 @@ def test_help_shows_the_command_and_every_setting_with_its_comment(capsys, monke
     assert f"python -m corpora.{path.stem} --" in text
     settings = text.partition("Settings:\n")[2].splitlines()
     assert settings and all(len(line[39:]) > 5 for line in settings)
+
+
+def test_held_out_items_and_a_limit_of_tokens(tools, tmp_path):
+    """The two splits are the whole corpus, for any number of shards, and a machine's folder may lie in another."""
+    write(tmp_path / "in/a.jsonl", *(json.dumps(dict(text=f"{s} {i}")) for i in range(600) for s in SENTENCES))
+    options = dict(kind="text", part_tokens=5000)
+    run("text", tools, tmp_path / "in", tmp_path / "all", **options)
+    for split in ("train", "val"):
+        for shard in ("0/2", "1/2"):
+            run("text", tools, tmp_path / "in", tmp_path / split / "machine", val_share=0.1, split=split, shard=shard,
+                **options)
+    every, train, val = (sorted(documents(tmp_path / name)) for name in ("all", "train/machine", "val/machine"))
+    assert sorted(train + val) == every and len(every) == 2400 and 180 < len(val) < 300
+    (tmp_path / "train/machine/.hidden").mkdir()
+    shards = open_source("text", [tmp_path / "train"]).shards
+    assert sum(shard.meta["documents"] for shard in shards) == len(train)
+    size = sum(map(len, every))
+    report = run("text", tools, tmp_path / "in", tmp_path / "some", max_tokens=size // 3, **options)
+    some = documents(tmp_path / "some")
+    assert size / 3 <= report["tokens"]["text"] < size / 2 and some == documents(tmp_path / "all")[:len(some)]
+    assert run("text", tools, tmp_path / "in", tmp_path / "some", max_tokens=size // 3, **options) == report
+    with pytest.raises(SystemExit, match="was made with max_tokens .*, now it is 0"):
+        run("text", tools, tmp_path / "in", tmp_path / "some", **options)
+
+
+def test_shards_by_files_and_under_torchrun(tools, tmp_path, monkeypatch):
+    for i in range(5):
+        write(tmp_path / f"in/{i}.jsonl", *(json.dumps(dict(text=f"{s} {i}")) for s in SENTENCES))
+    run("text", tools, tmp_path / "in", tmp_path / "all", kind="text")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        report = run("text", tools, tmp_path / "in", tmp_path / "two", kind="text", shard_by="files")
+        assert report["items"] == (12, 8)[rank]
+        for machine in (0, 1):  # two machines with two processes each
+            run("text", tools, tmp_path / "in", tmp_path / "four", kind="text", shard=f"{machine}/2")
+    every = sorted(documents(tmp_path / "all"))
+    assert sorted(documents(tmp_path / "two")) == sorted(documents(tmp_path / "four")) == every
+    assert len(list((tmp_path / "four").glob("shard-?-of-4-00000"))) == 4
