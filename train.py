@@ -5,6 +5,7 @@ Train a text-speech language model, stage by stage.
     torchrun --nproc_per_node=4 train.py config/train_150m.py     four GPUs
     python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100 --out_dir=out/mine
     python train.py config/train_tiny.py --resume=true            continue exactly from the newest checkpoint
+    python train.py config/train_150m.py --check                  what is missing, and how long the run will take
 
 The settings below are changed first by the config file and then by --key=value. The folder of a run holds
 settings.json, log.jsonl (one line per logged step), checkpoint-* and, at the end, results.json and loss.png. After
@@ -517,6 +518,8 @@ def finish(run, model, progress, started):
 
 @record  # makes torchrun report the process that failed first
 def main(argv):
+    if "--check" in argv:
+        importlib.import_module("tools.check").main([arg for arg in argv if arg != "--check"])
     settings, name = configure(DEFAULTS, argv, complete_stages)
     world, started = join_world(settings["device"]), time.perf_counter()
     reuse_memory(world.device)

@@ -89,7 +89,7 @@ def read_recordings(folder, model, settings):
     check_units(settings.units, model.folder)
     vocabulary = load_units(settings.units, settings.device)
     reader = importlib.import_module(f"corpora.{settings.corpus}")
-    options = dict(kind="paired", aligner="", max_seconds=300.0, mel=False, sa=False)
+    options = dict(kind="paired", aligner="", max_seconds=300.0, mel=False, sa=False, alignments="", lower=False)
     for path in reader.find(Path(folder), options):
         for item in reader.read(path, options):
             try:

@@ -57,7 +57,7 @@ def read(path, settings):
         try:
             audio, grid = files.inside(path.parent, f"{name}.flac"), folder / f"{name}.TextGrid"
             words = read_textgrid(grid) if paired and grid.exists() else times.get(name)
-            yield common.Item(name, audio, text=text, words=words)
+            yield common.Item(name, audio, text=text.lower() if settings["lower"] else text, words=words)
         except ValueError as error:
             yield common.Bad(name, error)
 
@@ -66,4 +66,5 @@ if __name__ == "__main__":
     common.main(
         "librispeech", find, read, companions=(".textgrid", ".alignment.txt"),
         alignments="",  # folder of word times; empty: they are in the folders of the sound
+        lower=False,    # write transcripts in lower case, which a text model knows better than capitals
     )

@@ -420,7 +420,7 @@ ENGLISH = {  # the listing that a script reads, in {path: lines}; the first path
     "tedlium": {"stm/A.stm": ["A 1 A 0.0 1.5 <o,f0,male> she had", "A 1 A 1.5 2.5 your dark suit", "A 1 A 3 4 <unk>"]},
     "asterisk": {"usr/share/doc/x/core-sounds-en.txt.gz": ["digits/7: seven", "digits/8: eight"]},
     "prose": {"book.txt": [SENTENCES[0], SENTENCES[1]]}}
-OPTIONS = dict(kind="paired", field="text", alignments="", passage=5, speakers=[0])
+OPTIONS = dict(kind="paired", field="text", alignments="", lower=False, passage=5, speakers=[0])
 
 
 @pytest.mark.parametrize("name", ENGLISH)

@@ -1,0 +1,153 @@
+"""
+Say whether a training run could start: what is missing, with the command that makes it, and what the run will take.
+
+    python train.py config/train_150m.py --check        the same as: python -m tools.check config/train_150m.py
+
+Everything that is missing is named at once. The exit code is 0 only if training would start. Memory and hours are
+arithmetic: 16 bytes for each parameter (weights, gradients and AdamW in float32), and 40% of an H100's 989 TFLOP/s.
+"""
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import train
+from configurator import ROOT, configure
+from data import open_source
+from model import Config, SmolTolk, count_parameters, forward_flops, read_config
+from runtime import checkpoint
+from runtime.distributed import ALONE
+from runtime.files import read_json
+from runtime.tokenizer import Tokenizer
+
+H100 = 0.4 * 989e12  # FLOP/s
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SMOLLM = {"smollm-135m": (576, 1536, 30, 9, 3), "smollm-360m": (960, 2560, 32, 15, 5),  # for folders not there yet
+          "smollm-1.7b": (2048, 8192, 24, 32, 32), "smollm2-135m": (576, 1536, 30, 9, 3)}
+LLM_FOLDER = re.compile(r"weights/(smollm-[\w.]+)")
+
+
+def command_for(path):
+    """The command that makes a file or folder, or the folder that holds it, as the scripts in runs/ know it, or ""."""
+    if match := LLM_FOLDER.match(path):
+        return f"MODEL={match[1]} bash runs/train_150m.sh weights"
+    for script in sorted((ROOT / "runs").glob("*.sh")):
+        step = ""
+        for line in script.read_text(encoding="utf-8").splitlines():
+            step = match[1] if (match := re.match(r"(\w+)\(\) ", line)) else step
+            if re.search(rf"--out={re.escape(path)}(/\$part)?(\s|$)", line):
+                return f"bash runs/{script.name} {step}"
+    parent = os.path.dirname(path)
+    return command_for(parent) if parent else ""
+
+
+def try_to_open(what, paths, problems, read):
+    """Call `read`, which needs these paths. Add what is missing or wrong to problems. Returns its result or None."""
+    missing = [path for path in paths if not Path(path).exists()]
+    for path in missing:
+        command = command_for(str(path))
+        problems.append(f"{what}: {path} does not exist" + (f"; make it with: {command}" if command else ""))
+    if missing:
+        return None
+    try:
+        return read()
+    except (ValueError, SystemExit) as error:
+        problems.append(f"{what}: {error}")
+        return None
+
+
+def find_problems(c):
+    """(list of problems, {kind: Source} of the training data that can be opened)."""
+    problems, sources, hashes = [], {}, (None, None)
+    tokenizer = try_to_open("tokenizer", [c.tokenizer], problems, lambda: Tokenizer(c.tokenizer))
+    if c.units:
+        try_to_open("units", [c.units], problems, lambda: read_json(Path(c.units) / "units.json"))
+    if c.init_from:
+        try_to_open("init_from", [c.init_from], problems, lambda: read_config(c.init_from))
+    if tokenizer:
+        hashes = (tokenizer.hash, None)
+    kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
+    for kind in sorted(kinds):
+        folders = getattr(c, kind)
+        found = try_to_open(kind, folders, problems, lambda kind=kind, folders=folders: open_source(
+            kind, folders, *hashes, c.sequence_length + 1))
+        if found:
+            sources[kind] = found
+    for kind in ("val_text", "val_speech", "val_interleaved"):
+        try_to_open(kind, getattr(c, kind), problems, lambda: None)
+    if c.cloze:
+        try_to_open("cloze", [c.cloze], problems, lambda: None)
+    if checkpoint.checkpoints(c.out_dir) and not c.resume:
+        problems.append(f"out_dir: {c.out_dir} holds a run already; go on with --resume=true, or set another --out_dir")
+    if not problems:  # now everything is opened and compared as at the start of a run
+        data = try_to_open("data", [], problems, lambda: train.open_data(c, ALONE))
+        if data and c.init_from:
+            try_to_open("init_from", [], problems, lambda: train.build_model(c, data.tokenizer))
+    return problems, sources
+
+
+def model_config(c):
+    """The Config of the run, or None if it is not known yet."""
+    ours = dict(n_units=c.n_units or 500, input_adapter_layers=c.input_adapter_layers, residual=c.residual,
+                output_adapter_layers=c.output_adapter_layers, layer_pooling=c.layer_pooling)
+    if c.init_from:
+        try:
+            return read_config(c.init_from, **ours)
+        except ValueError:
+            shape = SMOLLM.get(Path(c.init_from).name)
+            return shape and Config(**dict(zip(SHAPE, shape)), **ours)
+    return Config(vocab_size=c.vocab_size or 49152, **{name: getattr(c, name) for name in SHAPE}, **ours)
+
+
+def print_costs(c, config):
+    """Print parameters, tokens, memory, hours and disk of a run."""
+    with torch.device("meta"):
+        text, new = count_parameters(SmolTolk(config))
+    length, rows, flops, tokens = c.sequence_length, c.batch_tokens // c.sequence_length, 0, 0
+    for stage in c.stages.values():
+        backbone, added = forward_flops(config, rows, length, n_text=c.batch_tokens // 2, n_speech=c.batch_tokens // 2)
+        step = backbone * (2 if stage["train"] == "new" else 3) + added * 3
+        flops, tokens = flops + step * stage["steps"], tokens + c.batch_tokens * stage["steps"]
+    hours, size = flops / H100 / 3600, 4 * (text + new)
+    print(f"parameters: {text / 1e6:.1f}M text + {new / 1e6:.1f}M speech; tokens: {tokens / 1e9:.2f} billion")
+    print(f"time: about {hours:.1f} hours of one H100 at 40% of its peak, {hours / 4:.1f} of four ({flops:.1e} FLOPs)")
+    print(f"memory: {4 * size / 1e9:.1f} GB a GPU for weights, gradients and AdamW, and the activations of "
+          f"{c.micro_batch} x {length} tokens (--micro_batch)")
+    print(f"disk: {3 * size / 1e9:.1f} GB for each of {c.keep_checkpoints} checkpoints in {c.out_dir}")
+
+
+def print_data(c, sources):
+    """Print how many tokens each kind of sequence can draw from, and how often the run reads them."""
+    drawn = dict.fromkeys(sources, 0)
+    for stage in c.stages.values():
+        parts = sum(stage["mixture"].values())
+        for kind, share in stage["mixture"].items():
+            if kind in drawn:
+                drawn[kind] += stage["steps"] * c.batch_tokens * share / parts
+    for kind, source in sources.items():
+        streams = ("text", "speech") if kind == "interleaved" else (kind,)
+        size = sum(len(getattr(shard, stream)) for shard in source.shards for stream in streams)
+        print(f"{kind}: {size / 1e6:.1f}M tokens in {len(source.shards)} sets, read {drawn[kind] / size:.2g} times")
+
+
+def main(argv):
+    settings, name = configure(train.DEFAULTS, argv, train.complete_stages, described_in=[train.__file__])
+    c = train.check_settings(settings, name, ALONE)
+    if c.demo and not Path(c.demo).exists():
+        print(f"demo: {c.demo} does not exist yet; training makes it first, in under a minute on two cores")
+        problems, sources = [], {}
+    else:
+        problems, sources = find_problems(c)
+    if config := model_config(c):
+        print_costs(c, config)
+    print_data(c, sources)
+    for problem in problems:
+        print(f"missing  {problem}" if "does not exist" in problem else f"wrong    {problem}")
+    print(f"{len(problems)} problems" if problems else "training would start")
+    raise SystemExit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
