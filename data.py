@@ -44,9 +44,8 @@ def sets_in(folder):
     folder = Path(folder)
     if (folder / "meta.json").exists() or not folder.is_dir():
         return [folder]
+    # Sets that are still being written are in hidden folders, which find_files leaves out.
     inside = [path.parent for path in find_files(folder, ["meta.json"]) if path.name == "meta.json"]
-    # Hidden folders hold sets that are still being written.
-    inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     return inside or [folder]
 
 

@@ -341,7 +341,7 @@ def score_checkpoint(folder, settings, world, path):
 
 def unused_files(data, used):
     """{number, first} of the files in a benchmark's folder that were not used. Of data sets all files are used."""
-    unused = sorted(str(path) for path in {*find_files(data)} - {*used}) if isinstance(data, str) else []
+    unused = sorted(str(path) for path in {*find_files(data, hidden=True)} - {*used}) if isinstance(data, str) else []
     return dict(number=len(unused), first=unused[:5])
 
 
@@ -382,6 +382,8 @@ def check_settings(settings, path):
         for key in CHOICES.keys() & options:
             if options[key] not in CHOICES[key]:
                 raise SystemExit(f"protocol.{task}.{key}={options[key]}: choose {' or '.join(CHOICES[key])}")
+        if options.get("prefix", 0) < 0:
+            raise SystemExit(f"protocol.{task}.prefix={options['prefix']}: give 0, or the number of tokens")
     if not path.parent.is_dir() or path.suffix != ".json":
         raise SystemExit(f"out={path}: give the name of a .json file in an existing folder")
     if settings.versus.endswith(".json") and not Path(settings.versus).is_file():

@@ -578,9 +578,10 @@ def read_config(folder, **overrides):
         for key, wanted in REQUIRED.items():
             if file.get(key, wanted) != wanted:
                 raise ValueError(f"{key} is {reprlib.repr(file[key])}, only {wanted!r} is supported")
-        defaults = dict(num_key_value_heads=file.get("num_attention_heads"), initializer_range=0.02, eos_token_id=None)
-        values = {key: file[key] if file.get(key) is not None or key not in defaults else defaults[key]
-                  for key in LLAMA if key != "rope_theta"}
+        defaults = dict(num_key_value_heads=file.get("num_attention_heads"), initializer_range=0.02, rms_norm_eps=1e-6,
+                        max_position_embeddings=2048, eos_token_id=None)  # as in transformers
+        file = defaults | {key: value for key, value in file.items() if value is not None}
+        values = {key: file[key] for key in LLAMA if key != "rope_theta"}
         values |= dict(rope_theta=read_rope_theta(file)) | read_eos(folder, file)
         ours = file.get("smoltolk", {})
         for key in overrides.keys() & ours.keys() - {"eos_token_id", "exported_eos"}:
@@ -596,14 +597,15 @@ def read_config(folder, **overrides):
 
 def read_rope_theta(file):
     """rope_theta of a config.json, given as a dict. ValueError if it asks for another kind of RoPE."""
-    theta = file.get("rope_theta", 10_000.0)
-    for key in ("rope_scaling", "rope_parameters"):  # the names before and since transformers 5
-        rope = file.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope_type in {key} is {reprlib.repr(kind)}, only 'default' is supported")
-        theta = rope.get("rope_theta", theta)
-    return theta
+    # The names before and since transformers 5, which takes the old one if a file has both.
+    key = "rope_scaling" if file.get("rope_scaling") else "rope_parameters"
+    rope = file.get(key) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{key} is {reprlib.repr(rope)}, not a dict")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type in {key} is {reprlib.repr(kind)}, only 'default' is supported")
+    return rope.get("rope_theta", file.get("rope_theta", 10_000.0))
 
 
 def read_eos(folder, file):
@@ -612,6 +614,7 @@ def read_eos(folder, file):
     In a chat model, config.json's eos_token_id ends a turn. Texts end with <|endoftext|>, which the tokenizer knows.
     """
     exported = file.get("eos_token_id")
+    exported = None if exported == [] else exported
     tokenizer = Path(folder) / "tokenizer.json"
     eos = end_of_text(tokenizer) if tokenizer.exists() else file.get("smoltolk", {}).get("eos_token_id")
     if eos is None:
@@ -650,9 +653,13 @@ def from_pretrained(folder, **overrides):
     with torch.device("meta"):  # only shapes, because config.json may ask for more memory than this machine has
         state = SmolTolk(config).state_dict()
     wanted = {name: list(t.shape) for name, t in state.items() if has_speech or not is_new(name)}
-    head, embed = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
-    if head is not None and (embed is None or head.shape != embed.shape or (head != embed).any()):
-        raise ValueError(f"{folder}: lm_head.weight is not equal to model.embed_tokens.weight, as config.json says")
+    # The tied weights may be written twice, or only as the head. Old files also hold the frequencies of RoPE.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    head = tensors.pop("lm_head.weight", None)
+    embed = head if head is None else tensors.setdefault("model.embed_tokens.weight", head)
+    if head is not embed and (head.shape != embed.shape or (head != embed).any()):
+        raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight; only tied weights are"
+                         " supported")
     found = {name: list(t.shape) for name, t in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):

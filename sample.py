@@ -186,10 +186,11 @@ def kind_of(prompt):
     """The kind of a --prompt: "units", "sound" or "text". The name of an existing file is never text."""
     from speech.audio import SUFFIXES
 
-    suffix = Path(prompt).suffix.lower()
+    name = prompt.strip()
+    suffix, is_file = Path(name).suffix.lower(), os.path.exists(name) and not os.path.isdir(name)
     if suffix in (".json", ".npy"):
         return "units"
-    return "sound" if suffix in SUFFIXES or os.path.isfile(prompt) else "text"
+    return "sound" if suffix in SUFFIXES or is_file else "text"
 
 
 def opening(prompt, first, config, tokenizer, vocabulary):
@@ -201,6 +202,9 @@ def opening(prompt, first, config, tokenizer, vocabulary):
     kind = kind_of(prompt)
     if kind == "text":
         return prompt_sequence(tokenizer.encode(prompt), [], ("text", first), config)[0]
+    prompt = prompt.strip()
+    if not os.path.exists(prompt):
+        raise ValueError(f"{prompt}: no such file; a prompt with this ending names a file of {kind}")
     ids = read_sound(prompt, vocabulary) if kind == "sound" else read_units(prompt, config.n_units)
     return prompt_sequence([config.vocab_size + i for i in ids], [], ("speech", first), config)[0]
 

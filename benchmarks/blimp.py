@@ -20,6 +20,8 @@ def read(folder):
                 if not isinstance(value, str) or not value.strip() or not value.isprintable():
                     raise ValueError(f"{file}:{number}: not an item of BLiMP ({key} is not a line of text)")
             items.append({name: record[key] for name, key in KEYS.items()})
+    if not items:
+        raise ValueError(f"{folder}: no items in its .jsonl files; give the folder of BLiMP's 67")
     return items
 
 

@@ -73,6 +73,7 @@ DEFAULTS = dict(
     max_seconds=300.0,            # items with longer audio are dropped
 )
 PART_NAME = re.compile(r"(?:\.unfinished-)?shard-\d+-of-\d+-\d{5}")  # the folder of a part, see make()
+REPORT_NAME = re.compile(r"report(?:-\d+-of-\d+)?\.json|left_out\.json")
 BLOCK = dict(text=256, speech=64, paired=64)  # items in a block; a worker takes a sixteenth of a block at a time
 IDENTITY = ("part_tokens", "max_tokens", "val_share", "split", "max_seconds", "shard_by")  # they determine the data
 AHEAD = 2  # how many blocks the workers may be ahead of the main process
@@ -121,9 +122,12 @@ def timing(seconds, stage):
 
 
 def text_size(item):
-    """Return the number of bytes of an item's text in UTF-8. Raises ValueError if its file was not UTF-8."""
+    """Return the number of bytes of an item's text in UTF-8. Raises ValueError if its file was not UTF-8 or no text."""
+    text = item.text or ""
+    if "\0" in text:
+        raise ValueError(f"no text: {item.id} has NUL characters; save it as UTF-8")
     try:
-        return len((item.text or "").encode())
+        return len(text.encode())
     except UnicodeEncodeError:  # files.lines() keeps wrong bytes as surrogates
         raise ValueError(f"text is not UTF-8: {item.id}") from None
 
@@ -169,7 +173,7 @@ def encode(item, settings, seconds):
     size = text_size(item)
     with timing(seconds, "tokens"):
         ids = np.array(cached_tokenizer(settings["tokenizer"]).encode(item.text or ""), np.uint16)
-    if len(ids) == 0:
+    if len(ids) == 0 or not item.text.strip():
         raise ValueError(f"empty document: {item.id}")
     return Document(ids, dict(size=len(ids), words=len(item.text.split()), bytes=size))
 
@@ -381,10 +385,14 @@ def is_held_out(name, share):
     return zlib.crc32(name.encode(errors="surrogateescape")) < share * 2**32
 
 
-def is_result(path, out):
-    """Whether a file was made by these scripts, and so does not belong to a corpus."""
-    inside_out = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(out))
-    return inside_out or any(PART_NAME.fullmatch(folder) for folder in path.parts[:-1])
+def is_result(path, source, out):
+    """Whether a file was made by these scripts, and so does not belong to the corpus in the folder `source`."""
+    if any(PART_NAME.fullmatch(folder) for folder in path.parts[:-1]):
+        return True
+    if REPORT_NAME.fullmatch(path.name) and any(map(PART_NAME.fullmatch, os.listdir(path.parent))):
+        return True
+    out, path = os.path.abspath(out), Path(os.path.abspath(path))
+    return path.is_relative_to(out) and not Path(os.path.abspath(source)).is_relative_to(out)
 
 
 def write_left_out(out, source, used, companions):
@@ -392,9 +400,9 @@ def write_left_out(out, source, used, companions):
 
     companions: endings of files that are not listed, such as word times
     """
-    found = find_files(source) if source.is_dir() else []
+    found = find_files(source, hidden=True) if source.is_dir() else []
     left = [path for path in found if path not in used and not path.name.lower().endswith(tuple(companions))]
-    left = [str(path) for path in left if not is_result(path, out)]
+    left = [str(path) for path in left if not is_result(path, source, out)]
     replace_file(out / "left_out.json", json.dumps(left, indent=1))
 
 
@@ -410,7 +418,7 @@ def make(corpus, find, read, settings, kinds, companions=()):
     source = Path(os.path.normpath(settings["source"]))
     if out.resolve() == source.resolve():
         raise SystemExit(f"--out={out}: is --source; give a folder of its own, which may lie inside --source")
-    files = [path for path in find(source, settings) if path.exists() and not is_result(path, out)]
+    files = [path for path in find(source, settings) if path.exists() and not is_result(path, source, out)]
     if not files:
         raise SystemExit(f"--source={settings['source']}: nothing of {corpus} found; its script describes the layout")
     models = load_models(settings)

@@ -43,7 +43,8 @@ def numbered_lines(path):
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if getattr(error, "errno", None) is not None:
             raise
-        raise ValueError(f"breaks off after line {number}; what follows is lost, copy it again") from None
+        raise ValueError(f"damaged or cut short after line {number}; what follows is lost, copy it again "
+                         f"({one_line(error)})") from None
 
 
 def parquet_rows(path, columns):

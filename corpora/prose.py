@@ -48,7 +48,8 @@ def passages(text, size):
 def read(path, settings):
     with open_text(path, "surrogateescape") as file:
         parts = FRAME.split(file.read())
-    for number, text in enumerate(passages(max(parts, key=len), settings["passage"])):
+    book = parts[1] if len(parts) > 2 else max(parts, key=len)  # the licence may be longer than a short book
+    for number, text in enumerate(passages(book, settings["passage"])):
         name = f"{path.stem}-{number:05}"
         speaker = settings["speakers"][zlib.crc32(name.encode()) % len(settings["speakers"])]
         yield common.Item(name, functools.partial(demo.record, text, speaker), text=text)

@@ -33,7 +33,6 @@ import numpy as np
 
 from configurator import configure
 from corpora import tokens
-from corpora.common import check
 from corpora.files import JSONL, numbered_lines
 from corpora.parts import Bad
 from runtime.files import DataError, find_files, one_line, parse_json, read_json, reading
@@ -54,29 +53,24 @@ LARGEST = 10**6  # units and durations are smaller; larger numbers might not fit
 
 def integers(values):
     """A list of integers from 0 to LARGEST as int64 [n]. ValueError for anything else."""
-    array = np.array(values)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() > LARGEST:
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value <= LARGEST for value in values):
         raise ValueError(f"not a list of integers from 0 to {LARGEST}: {str(values)[:60]}")
-    return array.astype(np.int64)
+    return np.array(values, np.int64)
 
 
 def read_record(record, name):
     """(units int64 [n], durations in frames int64 [n] or None) of a line. ValueError "REASON: details"."""
-    durations = None
     with reading(f"unreadable record: {name}"):
-        if "audio_repr" in record:
-            written = record["audio_repr"]
-            is_speech = re.fullmatch("(?:<Un[0-9]{1,6}>)*", written)
-            units = integers(list(map(int, re.findall("[0-9]+", written)))) if written and is_speech else None
-        else:
-            is_speech = True
-            units = integers(record["units"]) if record["units"] else None
-            durations = integers(record["duration"])
-            if len(durations) != len(record["units"]):
-                raise ValueError(f"{len(record['units'])} units, but {len(durations)} durations")
-    if not is_speech:
-        raise ValueError(f"not only units: {name} holds {written[:60]!r}")
+        text, units, durations = record.get("audio_repr"), None, None
+        if text is None:
+            units, durations = integers(record["units"]), integers(record["duration"])
+            if len(units) != len(durations):
+                raise ValueError(f"{len(units)} units, but {len(durations)} durations")
+        elif re.fullmatch("(?:<Un[0-9]{1,6}>)*", text):
+            units = integers([int(number) for number in re.findall("[0-9]+", text)])
     if units is None:
+        raise ValueError(f"not only units: {name} holds {text[:60]!r}")
+    if len(units) == 0:
         raise ValueError(f"empty sample: {name}")
     return units, durations
 
@@ -148,7 +142,7 @@ def check_forms(files):
 def main():
     settings, _ = configure(DEFAULTS, sys.argv[1:])
     kind = "paired" if settings["meta"] else "speech"
-    shard, n_shards = check(settings | dict(kind=kind), ["paired", "speech"])
+    shard, n_shards = tokens.check(settings, kind)
     files = find_files(settings["source"], JSONL)
     if not files:
         raise SystemExit(f"--source={settings['source']}: no .jsonl file there")

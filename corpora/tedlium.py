@@ -19,29 +19,27 @@ import re
 from corpora import common, files
 from runtime.files import find_files
 
-LABEL = re.compile(r"^<(?!unk>|sil>)[^<>\s]*>\s*")
-
 
 def find(source, settings):
     return find_files(source, [".stm"])
 
 
 def clean(text):
-    """Return the words of a transcript, without noises and pauses, and with "it's" for "it 's"."""
-    text = re.sub(r"<sil>|\{\w+\}|\[\w+\]|\(\d+\)", " ", text)
+    """Return the words of a transcript, without labels, noises and pauses, and with "it's" for "it 's"."""
+    text = re.sub(r"<(?!unk>)[^<>]*>|\{\w+\}|\[\w+\]|\(\d+\)", " ", text, flags=re.IGNORECASE)
     return " ".join(re.sub(r"(?<=\w) '(?=(?:s|re|ve|ll|d|m|t)\b)", "'", text).split())
 
 
 def read(path, settings):
     def items(name, line):
-        if line.startswith(";;"):  # a comment
+        if line.strip().startswith(";;"):  # a comment
             return
         talk, _, _, start, end, *rest = line.split(maxsplit=5)
-        start, end, text = float(start), float(end), clean(LABEL.sub("", *rest or [""]))
+        start, end, text = float(start), float(end), clean(" ".join(rest))
         audio = files.inside(path.parent.parent / "sph", f"{talk}.sph")
-        if text == "ignore_time_segment_in_scoring":
+        if text.lower() == "ignore_time_segment_in_scoring":
             yield common.Bad(name, ValueError(f"not transcribed: {start:g} to {end:g} s of {talk}"))
-        elif "<unk>" in text and settings["kind"] != "speech":
+        elif "<unk>" in text.lower() and settings["kind"] != "speech":
             yield common.Bad(name, ValueError(f"unknown word in transcript: {text[:60]!r}"))
         else:
             yield common.Item(name, audio, start, end, text)

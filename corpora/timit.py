@@ -11,6 +11,8 @@ SA1.WRD (`BEGIN END word`, in samples). Names are in upper or lower case. Some c
 instead of SA1.WAV.
 """
 
+import re
+
 from corpora import common
 from runtime.files import find_files, read_text
 from speech.word_times import read_wrd
@@ -36,11 +38,11 @@ def sibling(path, *endings):
 def read(path, settings):
     name = f"{path.parent.name}-{path.stem}"  # FCJF0-SA1
     try:
-        text = read_text(sibling(path, ".TXT")).split(maxsplit=2)[2]
+        match = re.fullmatch(r"\s*\d+\s+\d+\s+(\S.*?)\s*", read_text(sibling(path, ".TXT")), re.DOTALL)
+        if not match:
+            raise ValueError(f"no transcript: {path.with_suffix('.TXT')} is not `BEGIN END text`")
         audio = sibling(path, ".WAV", ".WAV.wav")
-        yield common.Item(name, str(audio), text=text.strip(), words=read_wrd(path))
-    except IndexError:
-        yield common.Bad(name, ValueError(f"no transcript: {path.with_suffix('.TXT')} is not `BEGIN END text`"))
+        yield common.Item(name, str(audio), text=match[1], words=read_wrd(path))
     except ValueError as error:
         yield common.Bad(name, error)
 

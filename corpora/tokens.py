@@ -33,6 +33,7 @@ exceed the audio. dropped.jsonl says which samples and why, and report.json coun
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from corpora.common import check, listing_hash
+from corpora.common import listing_hash
 from corpora.parts import Bad, Document, finished_parts, write_part, write_report
 from runtime.files import DataError, reading
 from runtime.tokenizer import Tokenizer
@@ -238,8 +239,10 @@ def paired_document(words, written, spans, units, durations, rate):
     units      uint16 [n]
     durations  frames of each unit, 1 / rate seconds long, int [n]
 
-    ValueError for a unit without a duration, and for word times of which assign_units() says that they are impossible.
+    ValueError for a word without tokens, a unit without a duration, and word times that assign_units() refuses.
     """
+    if not all(map(len, written)):
+        raise ValueError(f"word without tokens: {words[[len(ids) for ids in written].index(0)]!r}")
     durations = durations.astype(np.int64)
     if durations.min() < 1:
         raise ValueError(f"impossible durations: unit {durations.argmin()} has {durations.min()} frames")
@@ -274,7 +277,7 @@ def word_spans(words, ends, n_frames, rate):
     """
     if not np.isfinite(ends).all():
         raise ValueError(f"word without a time: word {np.flatnonzero(~np.isfinite(ends))[0] + 1} of {len(words)}")
-    # float32 cannot hold 20.04 and gives a little more or less, perhaps in the next frame. 0.1 ms are exact enough.
+    # float32 cannot hold 20.48 and gives a little more or less, perhaps in the next frame. 0.1 ms are exact enough.
     ends = ends.astype(np.float64).round(4)
     longest = (n_frames + 1) / rate  # the audio may exceed its frames by a part of one
     # A pause belongs to the word after it, so a word may last long, and fill_spans() must see the ends alone.
@@ -312,6 +315,22 @@ def read_split(split, tokenizer, units, shard, n_shards, first):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line, also of corpora/slamkit.py
+
+def check(settings, kind):
+    """Return (shard, n_shards). SystemExit for wrong settings."""
+    needed = dict(text=["tokenizer"], speech=["units"], paired=["units", "tokenizer"])
+    if kind not in needed:
+        raise SystemExit(f"--kind={kind}: write paired, speech or text")
+    for key in ["source", *needed[kind]]:
+        if not os.path.exists(settings[key]):
+            raise SystemExit(f"--{key}={settings[key]}: give an existing file or folder; a {kind} set needs it")
+    if not settings["out"]:
+        raise SystemExit("--out is missing: give a folder for the data set")
+    shard = re.fullmatch("([0-9]+)/([0-9]+)", settings["shard"])
+    if not shard or int(shard[1]) >= int(shard[2]):
+        raise SystemExit(f"--shard={settings['shard']}: write i/n, with i from 0 to n - 1")
+    return int(shard[1]), int(shard[2])
+
 
 def load_vocabularies(settings, kind):
     """(the Tokenizer or None, dict(n_units, rate, hash) or None) that a kind of set needs. SystemExit.
@@ -374,7 +393,7 @@ def print_report(report, out):
 def main():
     settings, _ = configure(DEFAULTS, sys.argv[1:])
     kind = find_kind(settings)
-    shard, n_shards = check(settings | dict(kind=kind), ["paired", "speech", "text"])
+    shard, n_shards = check(settings, kind)
     tokenizer, units = load_vocabularies(settings, kind)
     try:
         split = open_split(settings, kind, tokenizer, units)

@@ -35,9 +35,14 @@ def read(path, settings):
         return
     lines = files.numbered_lines(path)
     header = next(lines, ("", ""))[1].split("\t")
+    if any(header.count(column) != 1 for column in ("id", "raw_text", "normalized_text")):
+        raise ValueError(f"its first line is {'  '.join(header)[:60]!r}, without id, raw_text and normalized_text")
 
     def items(name, line):
-        row = dict(zip(header, line.split("\t"), strict=True))
+        fields = line.split("\t")
+        if len(fields) != len(header):
+            raise ValueError(f"{len(fields)} fields, {len(header)} columns")
+        row = dict(zip(header, fields))
         audio = files.inside(path.parent, f"{row['id'][:4]}/{row['id']}.ogg")
         yield common.Item(row["id"], audio, text=row["raw_text"].strip() or row["normalized_text"])
 

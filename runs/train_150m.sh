@@ -29,7 +29,8 @@ packages() {
     pip install -e '.[corpora,convert,hub]'
 }
 weights() {  # Apache 2.0
-    hf download "HuggingFaceTB/${MODEL/#smollm/SmolLM}" config.json model.safetensors tokenizer.json \
+    local name=${MODEL^^}  # smollm-135m is SmolLM-135M on the hub
+    hf download "HuggingFaceTB/${name/SMOLLM/SmolLM}" config.json model.safetensors tokenizer.json \
         --local-dir "weights/$MODEL"
 }
 units() {  # mHuBERT in transformers' layout, as slamkit uses it, and TWIST's k-means; both are under MIT's licence

@@ -48,10 +48,11 @@ def reading(path, fault="cannot be read"):
         raise ValueError(f"{path}: {fault} ({getattr(error, 'strerror', None) or one_line(error)})") from None
 
 
-def find_files(source, endings=("",)):
+def find_files(source, endings=("",), hidden=False):
     """All files below a folder whose names end like this, in upper or lower case, sorted. Links are followed.
 
-    source: the folder, or one file, which is returned whatever its name. OSError for a folder that cannot be opened.
+    source: the folder, or one file, which is returned whatever its name. Hidden files and folders, such as macOS's
+    "._name", are left out, unless `hidden`. OSError for a folder that cannot be opened.
     """
     if os.path.isfile(source):
         return [Path(source)]
@@ -66,6 +67,9 @@ def find_files(source, endings=("",)):
             folders.clear()
             continue
         entered.add(identity)
+        if not hidden:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names = [name for name in names if not name.startswith(".")]
         found += [Path(folder, name) for name in names if name.lower().endswith(tuple(endings))]
     return sorted(found)
 
@@ -93,6 +97,10 @@ def open_text(path, errors="strict"):
     file = open_bytes(path)
     start = file.peek(4)[:4]
     codec = next((codec for mark, codec in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
+    if codec == "utf-8-sig" and start[1::2] == b"\0\0" != start[::2]:
+        codec = "utf-16-le"  # Latin letters without a byte order mark; they would be valid UTF-8
+    if codec == "utf-8-sig" and start[::2] == b"\0\0" != start[1::2]:
+        codec = "utf-16-be"
     return io.TextIOWrapper(file, codec, errors)
 
 
@@ -130,7 +138,9 @@ def read_csv(path, columns):
         for column in columns:
             if header.count(column) != 1:
                 raise ValueError(f"{path}: no one column {column}; it needs {', '.join(columns)}")
-        for row in filter(None, reader):  # empty lines are skipped
+        for row in reader:
+            if not any(cell.strip() for cell in row):  # an empty line
+                continue
             if len(row) != len(header):
                 raise ValueError(f"{path}:{reader.line_num}: {len(row)} fields, {len(header)} columns")
             rows.append((reader.line_num, dict(zip(header, row))))

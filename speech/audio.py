@@ -24,17 +24,20 @@ SAMPLE_RATE = 16000
 
 SLACK = 0.1  # seconds by which a span may exceed the audio, because manifests and transcripts round
 SILENCE = 1e-4  # share of full scale (-80 dB); a recording without a louder sample is silent
+CANCELLED = 0.01  # share of the power of its channels below which their mean is noise
 MIN_RATE, MAX_RATE = 4000, 384000  # Hz
 MAX_SAMPLES = 1 << 28  # in one span, and in a file that FFmpeg decodes
 # Names of sound files end like this, in upper or lower case. How a file is read depends on its content.
-SUFFIXES = tuple((".wav .wave .flac .ogg .oga .opus .mp3 .mp2 .m4a .m4b .mp4 .mov .3gp .aac .webm .mka .mkv .wma .amr "
-                  ".aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph .nist .g722").split())
-UNKNOWN_FORMAT = 1  # libsndfile's code of this error
+SUFFIXES = tuple((".wav .wave .flac .ogg .oga .ogv .opus .spx .mp3 .mp2 .mpga .mpeg .m4a .m4b .m4r .mp4 .mov .3gp .3g2 "
+                  ".aac .ac3 .amr .webm .weba .mka .mkv .avi .flv .wma .wmv .aiff .aif .aifc .au .snd .caf .w64 .rf64 "
+                  ".wv .ape .tta .voc .gsm .raw .pcm .sph .nist .g722").split())
+NOT_FOR_LIBSNDFILE = (1, 4)  # its codes for an unknown format and for an encoding that it lacks
 # libsndfile's note on a wav, AIFF, AU, W64 or RF64 file that is shorter than it states
 CUT_SHORT = re.compile(r"(?:data|SSND|BODY|Data Size|[Rr]iff size|riff)\s*: (\d+) \(should be (\d+)\)")
-STREAMS = {b"fLaC": b"fLaC\0\0\0\x22", b"OggS": b"OggS\0\2"}  # {magic number: how a FLAC or Ogg stream starts}
+STREAMS = dict(FLAC=b"fLaC\0\0\0\x22", OGG=b"OggS\0\2")  # {libsndfile's name of a format: how a stream of it starts}
 ID3 = re.compile(rb"ID3[\2-\4]\0[\0-\xf0]([\0-\x7f]{4})")  # starts a tag in an mp3; its size has 4 times 7 bits
 XING = re.compile(rb"(?:Xing|Info)\0\0\0[\1\3\5\7\x09\x0b\x0d\x0f](.{4})", re.DOTALL)  # states the frames of an mp3
+NO_SOUND = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3")  # how tags in an mp3 start
 EXACT = ("mov", "matroska", "asf")  # FFmpeg's names of containers that state their length and not an estimate
 
 
@@ -112,10 +115,21 @@ def open_sound(path):
         with file:
             def read(first, last):
                 file.seek(first)
-                return file.read(last - first, "float32", always_2d=True).mean(1)  # [n, channels] -> [n]
+                return mix(file.read(last - first, "float32", always_2d=True), name)
             yield Sound(check_rate(file.samplerate, name), file.frames, read)
-    except (soundfile.LibsndfileError, OSError, MemoryError) as error:
-        raise ValueError(f"unreadable audio: {name} ({one_line(error)})") from None
+    except (soundfile.LibsndfileError, OSError, MemoryError, UnicodeError) as error:
+        raise ValueError(f"unreadable audio: {name.encode(errors='replace').decode()} ({one_line(error)})") from None
+
+
+def mix(samples, name):
+    """The mean of all channels: [n, channels] -> [n]. Raises ValueError if the channels cancel.
+
+    After lossy coding, channels of opposite sign leave a little noise and no silence.
+    """
+    mean = samples.mean(1)
+    if samples.shape[1] > 1 and np.square(mean).sum() < CANCELLED * np.square(samples).mean(1).sum():
+        raise ValueError(f"silent audio: the channels of {name} cancel; take one of them")
+    return mean
 
 
 def check_rate(rate, name):
@@ -146,16 +160,17 @@ def open_with_libsndfile(path, name):
     try:
         file = soundfile.SoundFile(io.BytesIO(path) if in_memory else path)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a name like a.raw, which needs more settings
-        if getattr(error, "code", UNKNOWN_FORMAT) != UNKNOWN_FORMAT:
+        if getattr(error, "code", 1) not in NOT_FOR_LIBSNDFILE:
             raise  # a damaged file, of which FFmpeg would return a part
         return None
     for stated, found in CUT_SHORT.findall(file.extra_info):
         # A program that writes to a pipe does not know the length, and states 0 or about 2^31 or 2^32 bytes.
-        if int(found) + 1 < int(stated) and not 0x7FFF0000 <= int(stated) <= 0xFFFFFFFF:
+        if int(found) + 1 < int(stated) and not 0x70000000 <= int(stated) <= 0xFFFFFFFF:
             raise ValueError(f"unreadable audio: {name} breaks off: {found} bytes, by its header {stated}")
     knows_length = 0 < file.frames < 1 << 62 and file.format != "MP3" and not file.subtype.startswith("MPEG")
-    if knows_length and head[:4] in STREAMS:
-        knows_length = is_one_stream(path, name) if in_memory else file_is_one_stream(name, os.stat(path).st_mtime_ns)
+    if knows_length and (start := STREAMS.get(file.format)):
+        knows_length = (is_one_stream(path, start, name) if in_memory
+                        else file_is_one_stream(name, start, os.stat(path).st_mtime_ns))
     if knows_length:
         return file
     file.close()
@@ -174,22 +189,22 @@ def sphere_length(head, name):
 
 
 @functools.lru_cache(maxsize=256)  # many spans of a recording may be read
-def file_is_one_stream(name, modified):
+def file_is_one_stream(name, start, modified):
     with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return is_one_stream(data, name)
+        return is_one_stream(data, start, name)
 
 
-def is_one_stream(data, name):
+def is_one_stream(data, start, name):
     """Whether a FLAC or Ogg file (bytes or mmap) has one stream. Of several, libsndfile reads the first.
 
-    Raises ValueError if the last page of an Ogg file is not complete.
+    start: how a stream starts. Raises ValueError if the last page of an Ogg file is not complete.
     """
-    if data[:4] == b"OggS":
+    if start == STREAMS["OGG"]:
         page = data.rfind(b"OggS")
         segments = data[page + 27:page + 27 + data[page + 26]] if page + 26 < len(data) else b""
-        if not segments or page + 27 + len(segments) + sum(segments) > len(data):
+        if page + 27 + len(segments) + sum(segments) != len(data):
             raise ValueError(f"unreadable audio: {name} breaks off in its last page")
-    return data.find(STREAMS[data[:4]], 1) < 0
+    return data.find(start, data.find(start) + 1) < 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,21 +226,21 @@ def decode(source, name):
         raise RuntimeError(f"PyAV, which {name} needs, is missing: pip install av") from None
 
     source, promised_frames = read_mp3(source)
-    source = io.BytesIO(source) if isinstance(source, bytes) else source
+    source = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"  # a name may look like an address
     pieces, n_frames, seconds = [], 0, 0.0
     try:
         with av.open(source, metadata_errors="ignore") as container:
             promised_seconds = stated_seconds(container)
             # In a file of several parts, the parts may have different rates and numbers of channels.
-            for (rate, layout), frames in itertools.groupby(container.decode(audio=0), frame_format):
-                to_float, part = av.AudioResampler("fltp", layout, check_rate(rate, name)), []
+            for (rate, layout, n_channels), frames in itertools.groupby(sound_frames(container), frame_format):
+                to_float, part = av.AudioResampler("flt", layout, check_rate(rate, name)), []
                 for frame in itertools.chain(frames, [None]):  # None: what the resampler has not returned yet
-                    part += [out.to_ndarray().mean(0) for out in to_float.resample(frame)]  # [channels, n] -> [n]
+                    part += [out.to_ndarray().reshape(-1, n_channels) for out in to_float.resample(frame)]
                     n_frames += frame is not None
                     seconds += frame.samples / rate if frame else 0
                     if seconds * SAMPLE_RATE > MAX_SAMPLES:
                         raise ValueError(f"audio too long: over {seconds:.0f} s in {name}; convert it to flac or wav")
-                pieces.append(resample(np.concatenate(part), rate))
+                pieces.append(resample(mix(np.concatenate(part), name), rate))
     except (av.FFmpegError, IndexError) as error:  # IndexError: the file has no sound in it
         raise ValueError(f"unreadable audio: {name} ({one_line(error)})") from None
     if not pieces:
@@ -236,7 +251,22 @@ def decode(source, name):
 
 
 def frame_format(frame):
-    return frame.sample_rate, frame.layout.name
+    return frame.sample_rate, frame.layout.name, len(frame.layout.channels)
+
+
+def sound_frames(container):
+    """Yield the frames of the sound in a container. Padding and tags are skipped; other damage raises av's error."""
+    import av
+
+    for packet in container.demux(audio=0):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            start = bytes(packet)[:16]
+            if start.strip(b"\0") and not start.startswith(NO_SOUND):
+                raise
+            frames = []
+        yield from frames
 
 
 def stated_seconds(container):

@@ -20,7 +20,7 @@ AMOUNT = re.compile(r"([$£€¥])?([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+
                     r"(?:(st|nd|rd|th)(?![a-z])|([$£€¥]))?")
 # Unicode's categories of letters, digits and signs. Characters of others, such as punctuation, are not spoken.
 SPOKEN_CATEGORIES = {"Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl", "No", "Sc", "Sm", "So"}
-SILENCES = {"", "<eps>", "sp", "sil", "<sil>"}  # entries of time files that mark a pause
+SILENCES = {"", "sp", "sil"}  # entries of time files that mark a pause, as do all in brackets: "<eps>", "[noise]"
 FRAME = 1 / UNIT_RATE  # seconds by which word times may be wrong
 LONGEST_WORD, LONGEST_LETTER = 5.0, 0.2  # a word lasts at most 5 s, and 0.2 s for each letter of its spoken form
 UNKNOWN = "<unk>"  # the Montreal Forced Aligner writes this for a word that its dictionary does not have
@@ -124,7 +124,10 @@ def match_words(words, timed, duration=None):
             texts = " ".join(dict.fromkeys(text for *_, text in taken))
             have = f"have {texts[:60]!r}" if taken else "end"
             raise ValueError(f"transcript does not match word times: at word {number} {word[:60]!r} the times {have}")
-        spans.append((taken[0][1], taken[-1][2]))
+        starts = [start for _, start, _, _ in taken]
+        if any(b < a - FRAME for a, b in zip(starts, starts[1:])):
+            raise ValueError(f"impossible word times: the parts of word {number} {word[:60]!r} are not in order")
+        spans.append((starts[0], taken[-1][2]))
         position += len(taken)
     if position < len(entries) or not any(spans):
         have = f"have {entries[position][3][:60]!r}" if position < len(entries) else "and the transcript are empty"
@@ -139,8 +142,9 @@ def spoken_entries(timed):
     """
     entries = []
     for text, start, end in timed:
-        if text not in SILENCES:
-            forms = [UNKNOWN] if text == UNKNOWN else comparable(text)
+        is_unknown = text.lower() == UNKNOWN
+        if is_unknown or not (text.lower() in SILENCES or re.fullmatch(r"<.*>|\[.*\]", text)):
+            forms = [UNKNOWN] if is_unknown else comparable(text)
             entries += [(form, start, None, text) for form in forms[:-1]]
             entries += [(form, start, end, text) for form in forms[-1:]]
     return entries
@@ -182,9 +186,11 @@ def assign_units(words, spans, frame_start, n_frames, rate):
 
     Raises ValueError "impossible word times: ..." if more than half of the spoken words have no units or no duration.
     """
-    offsets = word_units([end for _, end in spans], frame_start, n_frames, rate)
+    ends = [end for _, end in spans]
+    offsets = word_units(ends, frame_start, n_frames, rate)
+    own = word_units([*ends, ends[-1]], frame_start, n_frames, rate)  # the last word without what follows its end
     spoken = [i for i, word in enumerate(words) if comparable(word)]
-    empty = sum(offsets[i] == offsets[i + 1] or spans[i][0] == spans[i][1] for i in spoken)
+    empty = sum(own[i] == own[i + 1] or spans[i][0] == spans[i][1] for i in spoken)
     if 2 * empty > len(spoken):
         raise ValueError(f"impossible word times: {empty} of {len(spoken)} words have no units or no duration")
     return offsets

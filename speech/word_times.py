@@ -69,7 +69,7 @@ def read_timed_json(path):
         if isinstance(found, dict) and "tiers" in found:
             rows = [(word, start, end) for start, end, word in found["tiers"]["words"]["entries"]]
         else:
-            parts = [dict(words=found)] if isinstance(found, list) else found.get("segments", [found])
+            parts = [dict(words=found)] if isinstance(found, list) else found.get("segments") or [found]
             words = [word for part in parts for word in part["words"]]
             rows = [(word.get("word", word.get("text")), word["start"], word["end"]) for word in words]
     return [timed_word(*row, path) for row in rows]

@@ -2,6 +2,7 @@
 import io
 import struct
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,11 +31,11 @@ def with_soundfile(samples, rate=RATE, **options):
 def with_ffmpeg(samples, form, codec, rate=RATE, **options):
     """The same with FFmpeg's encoders. options: of the container."""
     channels = np.atleast_2d(samples.T).astype(np.float32)
-    layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(channels)]
+    layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[len(channels)]
     file = tempfile.NamedTemporaryFile()
     with av.open(file.name, "w", format=form, options=options) as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels), "fltp", layout)
+        frame = av.AudioFrame.from_ndarray(channels.T.reshape(1, -1), "flt", layout)
         frame.sample_rate = rate
         resampler = av.AudioResampler(stream.format.name, layout, rate, stream.codec_context.frame_size or 1024)
         for part in [*resampler.resample(frame), *resampler.resample(None), None]:
@@ -79,10 +80,10 @@ def test_other_rates_are_resampled_and_channels_averaged(tmp_path, rate):
 
 @pytest.mark.parametrize("form, codec", [("ipod", "aac"), ("webm", "libopus"), ("mp3", "libmp3lame"), ("adts", "aac"),
                                          ("matroska", "pcm_s16le"), ("ogg", "libopus")])
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("channels", [1, 2, 8])
 def test_each_format_is_as_loud_as_a_wav(form, codec, channels):
     """FFmpeg's own way to one channel would make two equal channels 1.41 times as loud."""
-    if channels == 6 and codec != "pcm_s16le":  # other codecs treat some of six channels in a special way
+    if channels == 8 and codec != "pcm_s16le":  # other codecs treat some of eight channels in a special way
         return
     rate = 48000 if codec == "libopus" else RATE
     sound = np.repeat(3 * tone(2, rate=rate)[:, None], channels, 1)  # 0.9 of full scale
@@ -96,6 +97,8 @@ PAUSE = np.zeros(12 * RATE, np.float32)
 PICTURE = b"\0image/jpeg\0\3\0\xff\xd8" + np.random.default_rng(0).bytes(100_000)
 FRAME = b"APIC" + struct.pack(">I", len(PICTURE)) + b"\0\0" + PICTURE
 TAG = b"ID3\3\0\0" + bytes(len(FRAME) >> shift & 127 for shift in (21, 14, 7, 0)) + FRAME
+EMPTY_TAG = b"ID3\3\0\0\0\0\0\x0a" + bytes(10)
+APE = b"APETAGEX\xd0\7\0\0" + struct.pack("<II", 200, 1) + bytes(12) + b"y" * 168
 NUMBER = mp3(tone(2, 500))
 SIZE_AT = with_soundfile(tone(3), format="WAV").index(b"data") + 4
 
@@ -129,8 +132,11 @@ def flac_of_unknown_length():
     (wav_with_size(0), [tone(3)]), (wav_with_size(0, 0), [tone(3)]),  # as programs write to a pipe
     (wav_with_size(0xFFFFFFFF, 0xFFFFFFFF), [tone(3)]), (wav_with_size(0x7FFFFFFF), [tone(3)]),
     (with_ffmpeg(tone(3), "wav", "libmp3lame"), [tone(3)]),
+    (mp3(tone(3)) + bytes(5000), [tone(3)]), (mp3(tone(3)) + APE + b"TAG".ljust(128) + NUMBER, [tone(3), tone(2, 500)]),
+    (EMPTY_TAG + 2 * with_soundfile(tone(3), format="FLAC"), [tone(3), tone(3)]),
 ], ids=["pause first", "pause last", "xing", "joined with xing", "joined with tags", "joined, another rate", "picture",
-        "joined ogg", "joined flac", "flac of a pipe", "wav 0", "wav 0, riff 0", "wav -1", "wav 2^31", "mp3 in wav"])
+        "joined ogg", "joined flac", "flac of a pipe", "wav 0", "wav 0, riff 0", "wav -1", "wav 2^31", "mp3 in wav",
+        "padded", "joined with APE", "joined flac with a tag"])
 def test_sound_is_read_to_its_end(tmp_path, content, wanted):
     (tmp_path / "A.SOUND").write_bytes(content)
     read = read_audio(str(tmp_path / "A.SOUND"))
@@ -170,6 +176,24 @@ def test_unusable_audio_has_a_reason(tmp_path, content, reason):
     with pytest.raises(ValueError, match=f"^{reason}") as caught:
         read_audio(str(tmp_path / "a.flac"))
     assert "a.flac" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form, codec", [("ipod", "aac"), ("webm", "libopus"), ("mp3", "libmp3lame")])
+def test_channels_that_cancel_after_lossy_coding(form, codec):
+    """What remains is the noise of the codec. One channel alone is half as loud, and no fault."""
+    rate = 48000 if codec == "libopus" else RATE
+    sound = tone(2, rate=rate)
+    with pytest.raises(ValueError, match="^silent audio: the channels of .* cancel"):
+        read_audio(with_ffmpeg(np.stack([sound, -sound], 1), form, codec, rate))
+    read = read_audio(with_ffmpeg(np.stack([sound, 0 * sound], 1), form, codec, rate))
+    assert np.abs(read).max() == pytest.approx(0.15, rel=0.2)
+
+
+def test_a_name_that_looks_like_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("12:30 note.m4a", "http:x.m4a"):
+        Path(name).write_bytes(with_ffmpeg(tone(2), "ipod", "aac"))
+        assert holds(read_audio(name), tone(2))
 
 
 def test_quiet_speech_is_not_silent():

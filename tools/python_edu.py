@@ -7,7 +7,8 @@ Source: HuggingFaceTB/smollm-corpus, python-edu/*.parquet with the column blob_i
 at URL/BLOB_ID, compressed with gzip. Licence: that of each file; read Software Heritage's terms of use first.
 
 Writes OUT/00000.jsonl.gz and so on, with {"blob_id", "text"} for each file, and OUT/00000.missing.json with the ids
-that could not be had and why. Run it again after an interruption: finished files are kept. NOT RUN against the real server.
+that could not be had and why. Run it again after an interruption: finished files are kept. NOT RUN against the real
+server.
 """
 import gzip
 import itertools
