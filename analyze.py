@@ -687,7 +687,8 @@ def main(argv):
         raise SystemExit(f"{command}: no such command; write one of {', '.join(COMMANDS)}")
     settings = SimpleNamespace(**configure(DEFAULTS, options if command in COMMANDS else ["--help"])[0])
     check(settings)
-    settings.out = settings.out or str(run_of(settings.checkpoint.split(",")[0]) / "analysis")
+    first = settings.checkpoint.split(",")[0]
+    settings.out = settings.out or ("analysis" if first.startswith("hf:") else str(run_of(first) / "analysis"))
     settings.device = pick_device(settings.device)
     try:
         save(command, settings, *COMMANDS[command](settings))

@@ -36,6 +36,7 @@ from model import SmolTolk, count_parameters, from_pretrained, make_layout
 from runtime.checkpoint import made_with, newest
 from runtime.distributed import ALONE, World, all_sum, join_world, leave_world, on_first
 from runtime.files import digest, find_files, read_json
+from runtime.hub import local_folder
 from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
@@ -355,7 +356,7 @@ def write(results, path):
 
 def newest_checkpoint(folder):
     """The newest checkpoint of a run that can be read, or the folder itself if it holds a model. SystemExit."""
-    folder = Path(folder)
+    folder = Path(local_folder(folder))
     if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
         return folder
     found, bad = newest(folder, to_train=False)
@@ -399,13 +400,15 @@ def main(argv):
     settings.batch_tokens = settings.batch_tokens or (512 if world.device.type == "cpu" else 16384)
     settings.protocol = {task: options | settings.protocol.get(task, {})
                          for task, options in DEFAULTS["protocol"].items()}
+    is_remote = settings.checkpoint.startswith("hf:")
     for key in ("checkpoint", "before", "versus"):
         folder = getattr(settings, key)
         if folder and not folder.endswith(".json"):
             # One process chooses for all, because a run may still be writing checkpoints.
             found = on_first(lambda folder=folder: str(newest_checkpoint(folder)), world)
             setattr(settings, key, found)
-    path = Path(settings.out or Path(settings.checkpoint) / "evaluation.json")
+    folder = "" if is_remote else settings.checkpoint  # nothing is written into the cache of downloads
+    path = Path(settings.out or Path(folder) / "evaluation.json")
     check_settings(settings, path)
     try:
         results = score_checkpoint(settings.checkpoint, settings, world, path)

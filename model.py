@@ -45,6 +45,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.files import read_json, read_tensors, reading
+from runtime.hub import local_folder
 from runtime.tokenizer import end_of_text
 
 try:  # FlashAttention for the input adapter on CUDA: from this package or, if it is not installed, from torch
@@ -572,7 +573,8 @@ REQUIRED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp
 
 def read_config(folder, **overrides):
     """config.json of a SmolLM or SmolTolk folder, changed by overrides -> Config. ValueError names file and key."""
-    path = Path(folder) / "config.json"
+    folder = Path(local_folder(folder))
+    path = folder / "config.json"
     file = read_json(path)
     with reading(path, "not a Llama config.json that this model supports"):
         for key, wanted in REQUIRED.items():
@@ -642,10 +644,11 @@ def read_shards(folder, stem):
 def from_pretrained(folder, **overrides):
     """A model in fp32 from a folder of SmolTolk, or from a folder of SmolLM with new weights for the speech modules.
 
+    folder: a path, or hf:OWNER/NAME (runtime/hub.py)
     overrides: Config fields, e.g. rope_theta=100_000, layer_pooling="fixed" (only for a SmolLM folder).
     ValueError names the file, and the tensor that is missing, unknown or has another shape.
     """
-    folder = Path(folder)
+    folder = Path(local_folder(folder))
     config, tensors = read_config(folder, **overrides), read_shards(folder, "model")
     has_speech = (folder / "speech.safetensors").exists()
     if has_speech:

@@ -50,6 +50,7 @@ from runtime.datasets import DataSet, open_set
 from runtime.devices import make_autocast, reuse_memory
 from runtime.distributed import ALONE, World, all_sum, distribute, join_world, leave_world, on_first
 from runtime.files import DataError, read_json, replace_file, whole_folder
+from runtime.hub import local_folder
 from runtime.log import Log
 from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
@@ -353,7 +354,7 @@ def build_model(c, tokenizer):
     if model.config.max_position_embeddings < c.sequence_length:
         raise SystemExit(f"{c.init_from}: max_position_embeddings {model.config.max_position_embeddings}; set"
                          f" --sequence_length={model.config.max_position_embeddings} or less")
-    has_speech = (Path(c.init_from) / "speech.safetensors").exists()
+    has_speech = (Path(local_folder(c.init_from)) / "speech.safetensors").exists()
     return model if has_speech else model.start_new_modules(c.new_modules)
 
 
@@ -560,8 +561,9 @@ def open_data(c, world):
         raise SystemExit("tokenizer: not set; name a config, for example: python train.py config/train_tiny.py")
     if c.demo:
         on_first(lambda: importlib.import_module("corpora.demo").make(c.demo), world)  # returns at once if it exists
-    tokenizer, units, units_json = Tokenizer(c.tokenizer), {}, Path(c.units) / "units.json"
-    files = {"tokenizer.json": Path(c.tokenizer).read_bytes()}
+    on_first(lambda: [local_folder(name) for name in (c.tokenizer, c.units, c.init_from)], world)  # one downloads
+    tokenizer, units, units_json = Tokenizer(c.tokenizer), {}, Path(local_folder(c.units)) / "units.json"
+    files = {"tokenizer.json": Path(local_folder(c.tokenizer)).read_bytes()}
     if c.units:
         units, files["units.json"] = read_json(units_json), units_json.read_bytes()
     c.vocab_size, c.n_units = c.vocab_size or tokenizer.vocab_size, c.n_units or units.get("n_units", 0)

@@ -227,14 +227,18 @@ class Recording(NamedTuple):
 
 
 def record(text, speaker):
-    """Return (waveform with hiss, words) as espeak() does. The same text and speaker always give the same sound."""
-    waveform, words = espeak(text, *SPEAKERS[speaker])
+    """Return (waveform with hiss, words) as espeak() does. The same text and speaker always give the same sound.
+
+    speaker: a number in SPEAKERS, or (voice of espeak-ng, words a minute, pitch)
+    """
+    waveform, words = espeak(text, *(SPEAKERS[speaker] if isinstance(speaker, int) else speaker))
     return add_hiss(waveform, text, speaker), words
 
 
 def signal_to_noise(text, speaker):
     """Return (signal-to-noise ratio in dB, random generator for the hiss) of this text and speaker."""
-    rng = np.random.default_rng([zlib.crc32(text.encode()), speaker])
+    number = speaker if isinstance(speaker, int) else zlib.crc32(str(speaker).encode())
+    rng = np.random.default_rng([zlib.crc32(text.encode()), number])
     return rng.uniform(*SIGNAL_TO_NOISE), rng
 
 

@@ -25,9 +25,12 @@ ENDS = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bMessrs)[.!?]["'
 
 
 def find(source, settings):
-    unknown = [speaker for speaker in settings["speakers"] if speaker not in range(len(demo.SPEAKERS))]
-    if unknown or not settings["speakers"]:
-        raise SystemExit(f"--speakers={settings['speakers']}: give numbers from 0 to {len(demo.SPEAKERS) - 1}")
+    def is_known(speaker):
+        return speaker in range(len(demo.SPEAKERS)) if isinstance(speaker, int) else len(speaker) == 3
+
+    if not settings["speakers"] or not all(map(is_known, settings["speakers"])):
+        raise SystemExit(f"--speakers={settings['speakers']}: give numbers from 0 to {len(demo.SPEAKERS) - 1}, or "
+                         f'[voice, words a minute, pitch], such as ["es", 180, 50]')
     return find_files(source, [".txt"])
 
 
@@ -59,5 +62,5 @@ if __name__ == "__main__":
     common.main(
         "prose", find, read,
         passage=40,  # a document ends with the first sentence that brings it to this many words
-        speakers=list(range(len(demo.SPEAKERS))),  # voices to draw from, as numbers in SPEAKERS of corpora/demo.py
+        speakers=list(range(len(demo.SPEAKERS))),  # voices: numbers in corpora/demo.py or [voice, rate, pitch]
     )

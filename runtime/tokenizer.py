@@ -10,6 +10,7 @@ import warnings
 import tiktoken
 
 from runtime.files import DataError, read_json, reading
+from runtime.hub import local_folder
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_SPACE = 100_000  # whitespace characters in a row; a million would overflow tiktoken's regular expressions
@@ -102,7 +103,7 @@ class Tokenizer:
     """
 
     def __init__(self, path):
-        vocab, specials = read_smollm_tokenizer(path)
+        vocab, specials = read_smollm_tokenizer(local_folder(path))
         self.vocab_size = 1 + max(*vocab.values(), *specials.values())
         self.eos = specials[END_OF_TEXT]
         rules = [SMOLLM_PATTERN, sorted((i, token.hex()) for token, i in vocab.items()), sorted(specials.items())]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.files import read_json
+from runtime.hub import local_folder
 from speech.audio import SAMPLE_RATE
 from speech.transcripts import fill_spans, match_words, spoken_form, unspeakable
 from speech.wav2vec import frame_geometry, load_wav2vec
@@ -50,6 +51,7 @@ def load_aligner(folder, device="cpu"):
     """
     if folder == "pocketsphinx":
         return load_sphinx()
+    folder = local_folder(folder)
     try:
         from transformers import Wav2Vec2ForCTC
     except ImportError:

@@ -22,6 +22,7 @@ import reprlib
 import numpy as np
 
 from runtime.files import read_array, read_json
+from runtime.hub import local_folder
 from speech.audio import SAMPLE_RATE
 
 UNIT_RATE = 25
@@ -31,6 +32,7 @@ KINDS = dict(mel="speech.mel", hubert="speech.hubert", whisper="studies.small.wh
 
 def load_units(folder, device="cpu"):
     """Open the unit vocabulary in a folder. Raises ValueError if the folder is damaged."""
+    folder = local_folder(folder)
     kind = read_vocabulary(folder)[0]["kind"]
     return getattr(importlib.import_module(KINDS[kind]), f"load_{kind}_units")(folder, device)
 
@@ -41,6 +43,7 @@ def read_vocabulary(folder, kind=None):
 
     kind: one of KINDS, or None for any. Raises ValueError if a file is missing or damaged, or if the kind differs.
     """
+    folder = local_folder(folder)
     path = os.path.join(folder, "units.json")
     try:
         about = read_json(path)
@@ -68,7 +71,8 @@ def model_folder(folder, about):
     model = about.get("model")
     if not isinstance(model, str) or not model.isprintable() or len(model) > 1000:
         raise ValueError(f"{folder}: model in units.json is no folder")
-    return os.path.normpath(os.path.join(os.path.realpath(folder), model))
+    return local_folder(model) if model.startswith("hf:") else os.path.normpath(
+        os.path.join(os.path.realpath(folder), model))
 
 
 def n_frames(n_samples, vocabulary):

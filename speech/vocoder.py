@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from runtime.files import one_line, read_json, read_tensors
+from runtime.hub import local_folder
 from speech.audio import SAMPLE_RATE
 
 # Settings of textlesslib's other vocoders, which need more inputs than units.
@@ -93,6 +94,7 @@ class DurationPredictor(nn.Module):
 
 def load_vocoder(folder, device="cpu"):
     """The vocoder in a folder that `python -m tools.convert vocoder` wrote. Raises ValueError for a damaged folder."""
+    folder = local_folder(folder)
     try:
         config = read_json(os.path.join(folder, "config.json"))
         weights = read_tensors(os.path.join(folder, "model.safetensors"))

@@ -4,6 +4,7 @@ Load HuBERT and wav2vec 2.0 models in transformers' format. Both turn 16 kHz sam
 import os
 
 from runtime.files import read_json, read_tensors, reading
+from runtime.hub import local_folder
 
 
 def load_wav2vec(kind, folder):
@@ -15,6 +16,7 @@ def load_wav2vec(kind, folder):
     """
     import torch
 
+    folder = local_folder(folder)
     with reading(folder, f"not a {kind.__name__} that can be loaded"):
         model_type = read_json(os.path.join(folder, "config.json")).get("model_type")
         if model_type != kind.config_class.model_type:

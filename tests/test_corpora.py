@@ -341,8 +341,21 @@ def test_prose(tools, tmp_path):
     check("prose", tools, tmp_path, wanted, {}, "books", passage=6, speakers=[4])
 
 
+def test_prose_in_another_language(tools, tmp_path):
+    """docs/train_for_real.md: Spanish, in a voice of espeak-ng that corpora/demo.py does not list."""
+    pytest.importorskip("espeakng_loader")
+    write(tmp_path / "book.txt", *["La niña vio un pájaro azul. ¿Adónde volaba?"] * 25)
+    options = dict(passage=8, speakers=[["es", 180, 50]])
+    report = run("prose", tools, tmp_path / "book.txt", tmp_path / "out", **options)
+    assert report["documents"] >= 20 and report["documents"] + sum(report["dropped"].values()) == 25
+    ids, units = documents(tmp_path / "out")[0]
+    assert len(ids) == len(units) == 8 and sum(map(len, units)) > 5
+    with pytest.raises(SystemExit, match="give numbers from 0 to 7, or .voice, words a minute, pitch., such as"):
+        run("prose", tools, tmp_path / "book.txt", tmp_path / "out2", speakers=[["es"]])
+
+
 def test_text_of_every_format(tools, tmp_path):
-    zstandard, folder = pytest.importorskip("zstandard"), tmp_path / "in"
+    pyarrow, folder = pytest.importorskip("pyarrow"), tmp_path / "in"
     texts = [f"{sentence} {i}" for i, sentence in enumerate(SENTENCES * 11)]
     lines = [json.dumps(dict(text=text)) for text in texts]
     write(folder / "a/1.txt", texts[0])
@@ -351,7 +364,7 @@ def test_text_of_every_format(tools, tmp_path):
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines[3].encode()))
     (folder / "d.jsonl.gz").write_bytes(b"not gzip at all")
     write_parquet(folder / "e.parquet", [dict(id=1, text=text) for text in [*texts[4:33], None]])
-    (folder / "g.jsonl.zst").write_bytes(zstandard.compress("\n".join(lines[33:]).encode()))
+    (folder / "g.jsonl.zst").write_bytes(pyarrow.compress("\n".join(lines[33:]).encode(), "zstd", asbytes=True))
     wanted = list(map(Tokenizer(tools / "tokenizer.json").encode, [texts[0] + "\n", *texts[1:]]))
     reasons = {"text is not UTF-8": 1, "empty document": 2, "unreadable record": 2, "unreadable file": 1}
     report = check("text", tools, tmp_path, wanted, reasons, "in")

@@ -2,6 +2,7 @@
 import importlib
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,21 @@ def test_the_table_from_paper_to_code_names_what_is_there():
     for owner, name in re.findall(r"`(SmolTolk|model|data|train)\.([A-Za-z_]+)`", table):
         place = importlib.import_module("model").SmolTolk if owner == "SmolTolk" else importlib.import_module(owner)
         assert hasattr(place, name), f"{owner}.{name}"
+
+
+def test_the_python_in_the_readme_runs(demo_folder, tmp_path, monkeypatch):
+    from model import Config, SmolTolk, save_pretrained
+    from runtime.tokenizer import Tokenizer
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/demo").symlink_to(demo_folder)
+    vocab_size = Tokenizer(demo_folder / "tokenizer.json").vocab_size
+    config = Config(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, n_units=30)
+    save_pretrained(SmolTolk(config), tmp_path / "out/train_tiny")
+    shutil.copy(demo_folder / "tokenizer.json", tmp_path / "out/train_tiny")
+    found = {}
+    exec(code, found)
+    assert found["nats"].shape == (2,) and (found["nats"] < 0).all() and 0 < len(found["answer"]) <= 60
+    assert len(found["waveform"]) > 640

@@ -142,7 +142,7 @@ def flops(run):
     """FLOPs of a run of the small study. Interleaved sequences have 29% text and 69% units."""
     c, _ = configure(train.DEFAULTS, SMALL.runs[run].train.split(), train.complete_stages)
     shape = {field.name: c[field.name] for field in fields(model.Config) if c.get(field.name) is not None}
-    config, length = model.Config(**shape | dict(vocab_size=49152, n_units=500)), c["sequence_length"]
+    config, length = model.Config(**shape | dict(vocab_size=49152, n_units=500, rope_theta=1e5)), c["sequence_length"]
     total = 0
     for stage in c["stages"].values():
         for kind, parts in stage["mixture"].items():

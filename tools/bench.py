@@ -149,7 +149,7 @@ def prepare(settings, name, world):
         size = Path(c.init_from).name.lower().replace("smollm2", "smollm")
         if size not in SHAPES:
             raise SystemExit(f"{c.init_from}: no such folder, and no shape known for it, only for {', '.join(SHAPES)}")
-        vars(c).update(zip(SHAPE, SHAPES[size]), init_from="")
+        vars(c).update(zip(SHAPE, SHAPES[size]), init_from="", rope_theta=c.rope_theta or 100_000.0)
     return c
 
 

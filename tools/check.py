@@ -19,13 +19,11 @@ from data import open_source
 from model import Config, SmolTolk, count_parameters, forward_flops, read_config
 from runtime import checkpoint
 from runtime.distributed import ALONE
-from runtime.files import read_json
 from runtime.tokenizer import Tokenizer
+from speech.units import read_vocabulary
+from tools.bench import SHAPE, SHAPES
 
 H100 = 0.4 * 989e12  # FLOP/s
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SMOLLM = {"smollm-135m": (576, 1536, 30, 9, 3), "smollm-360m": (960, 2560, 32, 15, 5),  # for folders not there yet
-          "smollm-1.7b": (2048, 8192, 24, 32, 32), "smollm2-135m": (576, 1536, 30, 9, 3)}
 LLM_FOLDER = re.compile(r"weights/(smollm-[\w.]+)")
 
 
@@ -45,7 +43,7 @@ def command_for(path):
 
 def try_to_open(what, paths, problems, read):
     """Call `read`, which needs these paths. Add what is missing or wrong to problems. Returns its result or None."""
-    missing = [path for path in paths if not Path(path).exists()]
+    missing = [path for path in paths if not str(path).startswith("hf:") and not Path(path).exists()]
     for path in missing:
         command = command_for(str(path))
         problems.append(f"{what}: {path} does not exist" + (f"; make it with: {command}" if command else ""))
@@ -63,7 +61,7 @@ def find_problems(c):
     problems, sources, hashes = [], {}, (None, None)
     tokenizer = try_to_open("tokenizer", [c.tokenizer], problems, lambda: Tokenizer(c.tokenizer))
     if c.units:
-        try_to_open("units", [c.units], problems, lambda: read_json(Path(c.units) / "units.json"))
+        try_to_open("units", [c.units], problems, lambda: read_vocabulary(c.units))
     if c.init_from:
         try_to_open("init_from", [c.init_from], problems, lambda: read_config(c.init_from))
     if tokenizer:
@@ -96,7 +94,7 @@ def model_config(c):
         try:
             return read_config(c.init_from, **ours)
         except ValueError:
-            shape = SMOLLM.get(Path(c.init_from).name)
+            shape = SHAPES.get(Path(c.init_from).name.replace("smollm2", "smollm"))
             return shape and Config(**dict(zip(SHAPE, shape)), **ours)
     return Config(vocab_size=c.vocab_size or 49152, **{name: getattr(c, name) for name in SHAPE}, **ours)
 

@@ -44,6 +44,7 @@ from safetensors.numpy import save_file
 from configurator import configure, nearest
 from model import SmolTolk, from_pretrained, read_config, save_pretrained
 from runtime.files import DataError, digest, one_line, read_array, read_json, whole_folder
+from runtime.hub import local_folder
 from runtime.tokenizer import Tokenizer
 from speech.audio import SAMPLE_RATE
 from speech.hubert import load_hubert_units
@@ -201,15 +202,16 @@ def units(out, kmeans, hubert, layer, normalize=False):
     normalize must be as it was when the k-means was fitted. preprocessor_config.json is no guide: for
     facebook/hubert-base-ls960 it sets do_normalize, but the k-means for that model was fitted without normalisation.
     """
-    out, kmeans, hubert = Path(out), Path(kmeans), Path(hubert)
+    out, kmeans, model = Path(out), Path(kmeans), Path(local_folder(hubert))
     with converting(kmeans, out, "check --kmeans, --hubert and --layer") as folder:
         centroids = np.array(read_array(kmeans)) if kmeans.suffix == ".npy" else read_kmeans(kmeans)
         if centroids.ndim != 2 or centroids.dtype.kind != "f" or not np.isfinite(centroids).all():
             raise ValueError(f"{centroids.dtype} {list(centroids.shape)}, not finite floats [n_units, d]")
         centroids = np.ascontiguousarray(centroids, np.float32)
-        rate = SAMPLE_RATE // math.prod(read_json(hubert / "config.json")["conv_stride"])
+        rate = SAMPLE_RATE // math.prod(read_json(model / "config.json")["conv_stride"])
         about = dict(kind="hubert", n_units=len(centroids), rate=rate, sample_rate=SAMPLE_RATE,
-                     model=os.path.relpath(hubert.resolve(), out.resolve()), layer=layer, normalize=normalize,
+                     model=hubert if str(hubert).startswith("hf:") else os.path.relpath(model.resolve(), out.resolve()),
+                     layer=layer, normalize=normalize,
                      hash=vocabulary_hash(centroids), source=kmeans.name, source_sha256=digest(kmeans))
         np.save(folder / "centroids.npy", centroids)
         (folder / "units.json").write_text(json.dumps(about, indent=1))
