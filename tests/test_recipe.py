@@ -4,6 +4,7 @@ Stand-ins for hf, curl and pip copy what a folder "hub" holds under the names th
 starts many processes, SMOLTOLK_RECIPE=part python -m pytest tests/test_recipe.py runs three steps of train_150m.sh, as
 .ci/run does, and SMOLTOLK_RECIPE=all runs all of them.
 """
+import gzip
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from test_units import vocabulary_folder
 import train
 from configurator import configure
 from model import Config, SmolTolk, save_pretrained
+from tools import python_edu
 from tools.check import command_for
 
 soundfile = pytest.importorskip("soundfile")
@@ -217,3 +221,36 @@ def test_every_folder_of_the_configs_has_a_command():
         for path in named:
             script, step = re.fullmatch(r"(?:MODEL=\S+ )?bash (runs/\w+\.sh) (\w+)", command_for(path)).groups()
             assert re.search(rf"^{step}\(\)", (ROOT / script).read_text(), re.MULTILINE), path
+
+
+def test_the_files_of_python_edu(tmp_path, capsys):
+    """A server in the place of Software Heritage, which lacks a file, has one that is cut, and one that is no UTF-8."""
+    files = {f"id{i}": gzip.compress(f"print({i})\n".encode()) for i in range(7)}
+    files |= dict(id1=files["id1"][:-5], id2=gzip.compress(b"# caf\xe9\n"))
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = files.get(self.path.removeprefix("/content/")) if self.path != "/content/id5" else None
+            self.send_response(200 if content else 404)
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *_):
+            pass
+
+    write_parquet(tmp_path / "list/python-edu-0.parquet", [dict(blob_id=f"id{i}", repo_name="x") for i in range(7)])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    arguments = [f"--source={tmp_path / 'list'}", f"--out={tmp_path / 'out'}", "--files_a_part=3", "--connections=2",
+                 f"--url=http://127.0.0.1:{server.server_port}/content"]
+    python_edu.main(arguments)
+    assert "3 parts; 2 files could not be had" in capsys.readouterr().out
+    lines = [json.loads(line) for path in sorted((tmp_path / "out").glob("*.jsonl.gz")) for line in gzip.open(path)]
+    assert {line["blob_id"]: line["text"] for line in lines} == {
+        "id0": "print(0)\n", "id2": "# caf\n", "id3": "print(3)\n", "id4": "print(4)\n", "id6": "print(6)\n"}
+    assert list(json.loads((tmp_path / "out/00001.missing.json").read_text())) == ["id5"]
+    (tmp_path / "out/00001.jsonl.gz").unlink()
+    files.clear()  # only the part that is missing is fetched again, and now nothing of it can be had
+    with pytest.raises(SystemExit, match="/content: not one of 3 files could be had"):
+        python_edu.main(arguments)
+    server.shutdown()

@@ -12,9 +12,11 @@ Convert the files of other projects, once, into safetensors, npy and json, which
     python -m tools.convert authors --checkpoint=model_ckpt.pt --backbone=weights/smollm-1.7b --out=out/smoltolk-2b
                                               a checkpoint of the authors' code (github.com/Anon-SmolTolk/SmolTolk)
 
-Each command writes a new folder, which appears as a whole. `python -m tools.convert COMMAND --help` lists the settings
-of a command. The k-means, the vocoder and the authors' checkpoint are pickles. They are read without executing any code
-in them.
+    python -m tools.convert push --checkpoint=out/train_150m --repo=OWNER/NAME       the same as python -m tools.push
+
+Each command but push writes a new folder, which appears as a whole. `python -m tools.convert COMMAND --help` lists the
+settings of a command. The k-means, the vocoder and the authors' checkpoint are pickles. They are read without executing
+any code in them.
 
 sample.py, evaluate.py and analyze.py take the folder that `authors` writes, in float32: 8 GB for the 2B model, and as
 much memory while it is written. --backbone names the folder of the SmolLM that the checkpoint was trained from. Only
@@ -25,6 +27,7 @@ probability p_pad at some position, our log-likelihood of every unit there is hi
 cannot be found from the weights alone. Each continuation that is scored gains its own amount, so pairs with nearly
 equal scores may change order. Text scores do not change.
 """
+import importlib
 import importlib.util
 import json
 import math
@@ -537,6 +540,8 @@ def main(argv):
     if argv[:1] in ([], ["-h"], ["--help"]):
         return print(__doc__)
     command = argv[0]
+    if command == "push":  # the other way: from here to the hub
+        return importlib.import_module("tools.push").main(argv[1:])
     if command not in COMMANDS:
         raise SystemExit(f"python -m tools.convert {command}: no such command; "
                          f"did you mean {nearest(command, COMMANDS)}?")
