@@ -41,7 +41,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.files import read_json, read_tensors, reading
@@ -52,8 +51,10 @@ try:  # FlashAttention for the input adapter on CUDA: from this package or, if i
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-# The arguments of varlen_attn differ between releases of torch.
-VARLEN = signature(varlen_attn).parameters
+varlen_attn, VARLEN = None, {}
+if torch.cuda.is_available():  # without a GPU nobody uses it, and this import takes a second
+    from torch.nn.attention.varlen import varlen_attn
+    VARLEN = signature(varlen_attn).parameters  # they differ between releases of torch
 CAUSAL = dict(is_causal=True) if "is_causal" in VARLEN else dict(window_size=(-1, 0))
 
 NEW_MODULES = ("identity", "default", "release")  # see SmolTolk.start_new_modules

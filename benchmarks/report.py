@@ -2,7 +2,6 @@
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest
 
 from runtime.files import read_array, read_json
 
@@ -97,6 +96,8 @@ def compare(ours, theirs, seed=1, resamples=10_000):
     difference = ours - theirs
     mean, n = float(difference.mean()), len(difference)
     if np.isin([ours, theirs], (0, 1)).all():
+        from scipy.stats import binomtest  # here, because it takes a second to import
+
         only_first, only_second = int((difference > 0).sum()), int((difference < 0).sum())
         discordant = only_first + only_second
         p = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
