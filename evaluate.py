@@ -366,6 +366,16 @@ def newest_checkpoint(folder):
     return found
 
 
+def local_place(checkpoint):
+    """Where the results of a checkpoint on the hub go, because nothing is written into the cache. "": it is not there.
+    """
+    if not checkpoint.startswith("hf:"):
+        return ""
+    folder = Path("out", checkpoint.removeprefix("hf:").replace("/", "--"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
 def check_spans(settings):
     """SystemExit if the lengths of spans in interleaved sequences are invalid."""
     for key in ("text_span", "speech_span"):
@@ -400,15 +410,15 @@ def main(argv):
     settings.batch_tokens = settings.batch_tokens or (512 if world.device.type == "cpu" else 16384)
     settings.protocol = {task: options | settings.protocol.get(task, {})
                          for task, options in DEFAULTS["protocol"].items()}
-    is_remote = settings.checkpoint.startswith("hf:")
+    place = local_place(settings.checkpoint)
     for key in ("checkpoint", "before", "versus"):
         folder = getattr(settings, key)
         if folder and not folder.endswith(".json"):
             # One process chooses for all, because a run may still be writing checkpoints.
             found = on_first(lambda folder=folder: str(newest_checkpoint(folder)), world)
             setattr(settings, key, found)
-    folder = "" if is_remote else settings.checkpoint  # nothing is written into the cache of downloads
-    path = Path(settings.out or Path(folder) / "evaluation.json")
+    place = place or settings.checkpoint
+    path = Path(settings.out or Path(place) / "evaluation.json")
     check_settings(settings, path)
     try:
         results = score_checkpoint(settings.checkpoint, settings, world, path)

@@ -32,6 +32,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -49,6 +50,7 @@ from tqdm import tqdm
 from configurator import configure
 from corpora.parts import Bad, Document, finished_parts, write_part, write_report
 from runtime.files import find_files, one_line, read_json, replace_file
+from runtime.hub import local_folder
 from runtime.tokenizer import Tokenizer
 from speech.align import align, load_aligner
 from speech.audio import SAMPLE_RATE, SUFFIXES, check_sound, read_audio
@@ -76,6 +78,7 @@ PART_NAME = re.compile(r"(?:\.unfinished-)?shard-\d+-of-\d+-\d{5}")  # the folde
 REPORT_NAME = re.compile(r"report(?:-\d+-of-\d+)?\.json|left_out\.json")
 BLOCK = dict(text=256, speech=64, paired=64)  # items in a block; a worker takes a sixteenth of a block at a time
 IDENTITY = ("part_tokens", "max_tokens", "val_share", "split", "max_seconds", "shard_by")  # they determine the data
+MISSING = 20  # a run ends if the sound of so many first items does not exist
 AHEAD = 2  # how many blocks the workers may be ahead of the main process
 
 
@@ -243,13 +246,19 @@ def worker_pool(workers):
 def read_files(files, read, settings, bar, used):
     """Yield all items of a split of a corpus, in order. A damaged file counts as one more item, a Bad.
 
-    used: a set, to which the paths of sound files are added.
+    used: a set, to which the paths of sound files are added. SystemExit if there is no sound file for the first items.
     """
+    n_sounds, missing = 0, 0
     for path in files:
         try:
             for item in read(path, settings):
                 if isinstance(item, Item) and isinstance(item.audio, str | os.PathLike):
                     used.add(Path(item.audio))
+                    n_sounds += 1
+                    missing += n_sounds <= MISSING and not os.path.exists(item.audio)
+                    if missing == MISSING:
+                        raise SystemExit(f"{item.audio}: does not exist, nor does the sound of any of the first "
+                                         f"{missing} items; put the sound there")
                 if is_held_out(item.id, settings["val_share"]) == (settings["split"] == "val"):
                     yield item
         except Exception as error:
@@ -329,10 +338,11 @@ def check(settings, kinds):
         raise SystemExit(f"--kind={kind}: this corpus gives {', '.join(kinds)}; write --kind={kinds[0]}")
     needed = dict(text=["tokenizer"], speech=["units"], paired=["units", "tokenizer"])[kind]
     for key in ["source", *needed]:
-        if not os.path.exists(settings[key]):
+        if not os.path.exists(local_folder(settings[key])):
             raise SystemExit(f"--{key}={settings[key]}: give an existing file or folder; a {kind} set needs it")
-    if not settings["out"]:
-        raise SystemExit("--out is missing: give a folder for the data sets")
+    if not settings["out"] or settings["max_tokens"] < 0:
+        raise SystemExit(f"--out={settings['out']} --max_tokens={settings['max_tokens']}: give a folder for the data "
+                         "sets, and 0 or more tokens")
     if settings["shard_by"] not in ("items", "files"):
         raise SystemExit(f"--shard_by={settings['shard_by']}: write items or files")
     if settings["split"] not in ("train", "val") or not 0 <= settings["val_share"] < 1:
@@ -342,9 +352,13 @@ def check(settings, kinds):
         raise SystemExit("--split=val: nothing is held out; write --val_share=0.001, as for --split=train")
     if not shard or int(shard[1]) >= int(shard[2]):
         raise SystemExit(f"--shard={settings['shard']}: write i/n, with i from 0 to n - 1")
-    # torchrun's processes share the shard that this machine was given.
+    return share_of_process(int(shard[1]), int(shard[2]))
+
+
+def share_of_process(shard, n_shards):
+    """(shard, n_shards) of this process, out of those that its machine was given, which torchrun's processes share."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return int(shard[1]) * processes + rank, int(shard[2]) * processes
+    return shard * processes + rank, n_shards * processes
 
 
 def load_models(settings):
@@ -372,12 +386,13 @@ def listing_hash(folder, files):
 def identify(corpus, files, n_shards, models, settings):
     """Return everything that determines the data. All parts in one --out must have the same identity."""
     own = {key: value for key, value in settings.items() if key not in DEFAULTS}
-    aligner = [path for path in sorted(Path(settings["aligner"]).rglob("*")) if path.is_file()]
+    aligner_folder = local_folder(settings["aligner"])
+    aligner = find_files(aligner_folder) if os.path.isdir(aligner_folder) else []
     return own | dict(
         corpus=corpus, kind=settings["kind"], files=listing_hash(settings["source"], files), shards=n_shards,
         block=BLOCK[settings["kind"]], **{key: settings[key] for key in IDENTITY},
         tokenizer=models.tokenizer and models.tokenizer.hash, units=models.vocabulary and models.vocabulary.hash,
-        aligner=models.aligner and (listing_hash(settings["aligner"], aligner) if aligner else settings["aligner"]))
+        aligner=models.aligner and (listing_hash(aligner_folder, aligner) if aligner else settings["aligner"]))
 
 
 def is_held_out(name, share):
@@ -455,7 +470,8 @@ def make(corpus, find, read, settings, kinds, companions=()):
     listed = read_json(out / "left_out.json", list) if (out / "left_out.json").exists() else []
     left_out = Counter(Path(path).suffix.lower() for path in listed)
     name = "report.json" if n_shards == 1 else f"report-{shard}-of-{n_shards}.json"
-    return write_report(out / name, dict(corpus=corpus, shard=settings["shard"], kind=kind, left_out=left_out), done)
+    about = dict(corpus=corpus, shard=f"{shard}/{n_shards}", kind=kind, left_out=left_out)
+    return write_report(out / name, about, done)
 
 
 def main(corpus, find, read, kinds=("paired", "speech", "text"), companions=(), **options):
@@ -470,6 +486,8 @@ def main(corpus, find, read, kinds=("paired", "speech", "text"), companions=(), 
     print(json.dumps(report, indent=1))
     if left_out := sum(report["left_out"].values()):
         print(f"left out: {left_out} files below --source, see {settings['out']}/left_out.json")
-    if report["documents"] == 0:
+    if report["documents"] == 0 and report["shard"].endswith("/1"):
+        for folder in Path(settings["out"]).glob("shard-0-of-1-*"):  # so that the same command tries again
+            shutil.rmtree(folder)
         raise SystemExit(f"{settings['out']}: not one document from {report['items']} items; dropped "
                          f"{report['dropped']}")

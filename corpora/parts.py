@@ -23,6 +23,9 @@ from typing import NamedTuple
 from runtime.datasets import STREAMS, write_set
 from runtime.files import read_json, replace_file
 
+# What these settings were, in effect, for sets that were made before they existed
+BEFORE_THEY_EXISTED = dict(max_tokens=0, val_share=0.0, split="train", shard_by="items")
+
 
 class Document(NamedTuple):
     content: object  # as write_set takes it: ids, or (token ids of each word, units of each word)
@@ -44,7 +47,7 @@ def finished_parts(out, shard, n_shards, identity):
     for path in sorted(out.glob("*/part.json")):
         record = read_json(path)
         for key, value in identity.items():
-            before = record["identity"].get(key, value)  # sets made before a setting existed do not have it
+            before = (BEFORE_THEY_EXISTED | record["identity"]).get(key)
             if value != before:
                 raise SystemExit(f"{path.parent}: was made with {key} {before!r}, now it is {value!r}; "
                                  f"use the same again or another --out")
@@ -90,7 +93,7 @@ def write_part(folder, first, blocks, part_tokens, kind, tokenizer, units, ident
         meta = write_set(unfinished, kind, itertools.chain([one], documents), tokenizer, units,
                          f"corpora/{identity['corpus']}.py")
         tokens = {stream: meta[stream]["tokens"] for stream in STREAMS[kind]}
-    elif counts["items"]:  # all remaining items are bad, so the part is only their record
+    elif counts["items"] or identity["shards"] > 1:  # no good item is left, so the part is only their record
         unfinished.mkdir(parents=True)
     else:
         raise SystemExit(f"{folder}: no items found, at least none for this shard; see --source and --shard")

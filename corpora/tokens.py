@@ -42,9 +42,10 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from corpora.common import listing_hash
+from corpora.common import listing_hash, share_of_process
 from corpora.parts import Bad, Document, finished_parts, write_part, write_report
 from runtime.files import DataError, reading
+from runtime.hub import local_folder
 from runtime.tokenizer import Tokenizer
 from speech.transcripts import assign_units, fill_spans
 from speech.units import collapse, read_vocabulary
@@ -322,14 +323,14 @@ def check(settings, kind):
     if kind not in needed:
         raise SystemExit(f"--kind={kind}: write paired, speech or text")
     for key in ["source", *needed[kind]]:
-        if not os.path.exists(settings[key]):
+        if not os.path.exists(local_folder(settings[key])):
             raise SystemExit(f"--{key}={settings[key]}: give an existing file or folder; a {kind} set needs it")
     if not settings["out"]:
         raise SystemExit("--out is missing: give a folder for the data set")
     shard = re.fullmatch("([0-9]+)/([0-9]+)", settings["shard"])
     if not shard or int(shard[1]) >= int(shard[2]):
         raise SystemExit(f"--shard={settings['shard']}: write i/n, with i from 0 to n - 1")
-    return int(shard[1]), int(shard[2])
+    return share_of_process(int(shard[1]), int(shard[2]))
 
 
 def load_vocabularies(settings, kind):
@@ -342,7 +343,7 @@ def load_vocabularies(settings, kind):
         return tokenizer, None
     try:
         about, _ = read_vocabulary(settings["units"])
-        with reading(Path(settings["units"]) / "units.json", "has no rate"):
+        with reading(settings["units"], "units.json has no rate"):
             return tokenizer, dict(n_units=about["n_units"], rate=int(about["rate"]), hash=about["hash"])
     except ValueError as error:
         raise SystemExit(str(error)) from None
@@ -380,7 +381,7 @@ def make(corpus, kind, read, files, tokenizer, units, shard, n_shards, settings)
             done.append(write_part(folder, first, blocks, settings["part_tokens"], kind, tokenizer, units, identity))
             first = done[-1]["next"]
     name = "report.json" if n_shards == 1 else f"report-{shard}-of-{n_shards}.json"
-    return write_report(out / name, dict(corpus=corpus, shard=settings["shard"], kind=kind), done)
+    return write_report(out / name, dict(corpus=corpus, shard=f"{shard}/{n_shards}", kind=kind), done)
 
 
 def print_report(report, out):

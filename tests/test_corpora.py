@@ -655,3 +655,32 @@ def test_shards_by_files_and_under_torchrun(tools, tmp_path, monkeypatch):
     every = sorted(documents(tmp_path / "all"))
     assert sorted(documents(tmp_path / "two")) == sorted(documents(tmp_path / "four")) == every
     assert len(list((tmp_path / "four").glob("shard-?-of-4-00000"))) == 4
+
+
+def test_sound_that_is_not_there_yet(tools, tmp_path):
+    """The same command makes the set when the sound has come; many missing files in a row end a run at once."""
+    path, manifest = tmp_path / "in/a.flac", tmp_path / "in/a.jsonl"
+    timed = record(path, SENTENCES[0])
+    line = json.dumps(dict(audio="a.flac", text=SENTENCES[0], words=timed))
+    write(manifest, line, line)
+    path.rename(tmp_path / "later.flac")
+    with pytest.raises(SystemExit, match="not one document from 2 items; dropped .'unreadable audio': 2"):
+        run("manifest", tools, tmp_path / "in", tmp_path / "out")
+    (tmp_path / "later.flac").rename(path)
+    assert run("manifest", tools, tmp_path / "in", tmp_path / "out")["documents"] == 2
+    write(manifest, *[line.replace("a.flac", "b.flac")] * 20, line)
+    with pytest.raises(SystemExit, match="b.flac: does not exist, nor does the sound of any of the first 20 items"):
+        run("manifest", tools, tmp_path / "in", tmp_path / "out2")
+    write(manifest, line, *[line.replace("a.flac", "b.flac")] * 30)
+    assert run("manifest", tools, tmp_path / "in", tmp_path / "out3")["dropped"] == {"unreadable audio": 30}
+
+
+def test_more_shards_than_files(tools, tmp_path):
+    write(tmp_path / "in/a.jsonl", *(json.dumps(dict(text=s)) for s in SENTENCES))
+    for shard in ("0/2", "1/2"):
+        options = dict(kind="text", shard_by="files", shard=shard)
+        if shard == "0/2":
+            assert run("text", tools, tmp_path / "in", tmp_path / "out", **options)["documents"] == 4
+    report = run("text", tools, tmp_path / "in", tmp_path / "out", **options)
+    assert (report["items"], report["documents"], report["shard"]) == (0, 0, "1/2")
+    assert len(documents(tmp_path / "out")) == 4

@@ -6,6 +6,7 @@ Say whether a training run could start: what is missing, with the command that m
 Everything that is missing is named at once. The exit code is 0 only if training would start. Memory and hours are
 arithmetic: 16 bytes for each parameter (weights, gradients and AdamW in float32), and 40% of an H100's 989 TFLOP/s.
 """
+import itertools
 import os
 import re
 import sys
@@ -18,7 +19,9 @@ from configurator import ROOT, configure
 from data import open_source
 from model import Config, SmolTolk, count_parameters, forward_flops, read_config
 from runtime import checkpoint
-from runtime.distributed import ALONE
+from runtime.datasets import open_set
+from runtime.distributed import ALONE, World
+from runtime.files import find_files, read_json
 from runtime.tokenizer import Tokenizer
 from speech.units import read_vocabulary
 from tools.bench import SHAPE, SHAPES
@@ -38,7 +41,7 @@ def command_for(path):
             if re.search(rf"--out={re.escape(path)}(/\$part)?(\s|$)", line):
                 return f"bash runs/{script.name} {step}"
     parent = os.path.dirname(path)
-    return command_for(parent) if parent else ""
+    return command_for(parent) if parent not in ("", path) else ""
 
 
 def try_to_open(what, paths, problems, read):
@@ -58,14 +61,12 @@ def try_to_open(what, paths, problems, read):
 
 def find_problems(c):
     """(list of problems, {kind: Source} of the training data that can be opened)."""
-    problems, sources, hashes = [], {}, (None, None)
+    problems, sources = [], {}
     tokenizer = try_to_open("tokenizer", [c.tokenizer], problems, lambda: Tokenizer(c.tokenizer))
-    if c.units:
-        try_to_open("units", [c.units], problems, lambda: read_vocabulary(c.units))
+    units = try_to_open("units", [c.units], problems, lambda: read_vocabulary(c.units)[0]) if c.units else None
     if c.init_from:
         try_to_open("init_from", [c.init_from], problems, lambda: read_config(c.init_from))
-    if tokenizer:
-        hashes = (tokenizer.hash, None)
+    hashes = tokenizer and tokenizer.hash, units and units["hash"]
     kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
     for kind in sorted(kinds):
         folders = getattr(c, kind)
@@ -73,17 +74,71 @@ def find_problems(c):
             kind, folders, *hashes, c.sequence_length + 1))
         if found:
             sources[kind] = found
-    for kind in ("val_text", "val_speech", "val_interleaved"):
-        try_to_open(kind, getattr(c, kind), problems, lambda: None)
+    for kind in ("text", "speech", "interleaved"):
+        if folders := getattr(c, f"val_{kind}"):
+            try_to_open(f"val_{kind}", folders, problems, lambda kind=kind, folders=folders: open_source(
+                kind, folders, *hashes, c.sequence_length + 1))
     if c.cloze:
-        try_to_open("cloze", [c.cloze], problems, lambda: None)
-    if checkpoint.checkpoints(c.out_dir) and not c.resume:
+        try_to_open("cloze", [c.cloze], problems, lambda: open_set(c.cloze, *hashes))
+    problems += unfinished_sets({folder for kind in kinds for folder in getattr(c, kind)})
+    problems += overlaps(c, kinds)
+    has_checkpoints = len(checkpoint.checkpoints(c.out_dir)) > 0
+    if has_checkpoints and not c.resume:
         problems.append(f"out_dir: {c.out_dir} holds a run already; go on with --resume=true, or set another --out_dir")
+    if c.resume and not has_checkpoints:
+        problems.append(f"out_dir: {c.out_dir} has no checkpoint to go on from; leave --resume out")
+    if not has_checkpoints and (Path(c.out_dir) / "results.json").exists():
+        problems.append(f"out_dir: {c.out_dir} holds the results of a run without its checkpoints; set another")
     if not problems:  # now everything is opened and compared as at the start of a run
         data = try_to_open("data", [], problems, lambda: train.open_data(c, ALONE))
         if data and c.init_from:
             try_to_open("init_from", [], problems, lambda: train.build_model(c, data.tokenizer))
     return problems, sources
+
+
+def part_records(folder):
+    """[(path of its part.json, what it holds)] of the parts that corpora/ has written in a data set, at any depth."""
+    if str(folder).startswith("hf:") or not Path(folder).is_dir():
+        return []
+    return [(path, read_json(path)) for path in find_files(folder, ["part.json"])]
+
+
+def unfinished_sets(folders):
+    """The problems of data sets of which shards are missing or not finished."""
+    problems = []
+    for folder in sorted(folders):
+        shards = {}  # {(folder of the parts, number of shards): {shard: [tokens, whether it has its last part]}}
+        for path, record in part_records(folder):
+            number, n_shards = map(int, re.match(r"shard-(\d+)-of-(\d+)-", path.parent.name).groups())
+            state = shards.setdefault((path.parent.parent, n_shards), {}).setdefault(number, [0, False])
+            state[0] += sum(record["tokens"].values())
+            most = record["identity"].get("max_tokens")
+            state[1] = state[1] or record["last"] or bool(most and state[0] >= most / n_shards)
+        for (place, n_shards), states in shards.items():
+            missing = [i for i in range(n_shards) if i not in states or not states[i][1]]
+            if missing:
+                numbers = ", ".join(map(str, missing[:9]))
+                problems.append(f"{place}: shards {numbers} of {n_shards} are not finished; give the command that makes"
+                                " them again")
+    return problems
+
+
+def overlaps(c, kinds):
+    """The problems of held-out sets that may hold documents of the training sets, because they are from the same files.
+    """
+    problems = []
+    trained = {folder for kind in kinds for folder in getattr(c, kind)}
+    for kind in ("val_text", "val_speech", "val_interleaved"):
+        for held_out in getattr(c, kind):
+            for folder in sorted(trained):
+                for (_, one), (_, other) in itertools.product(part_records(folder)[:1], part_records(held_out)[:1]):
+                    one, other = one["identity"], other["identity"]
+                    same = all(one.get(key) == other.get(key) for key in ("corpus", "files"))
+                    share, split = one.get("val_share", 0), (one.get("split", "train"), other.get("split", "train"))
+                    if same and not (share and share == other.get("val_share") and split == ("train", "val")):
+                        problems.append(f"{kind}: {held_out} and {folder} are from the same files and may share"
+                                        " documents; make both with one --val_share, the first with --split=val")
+    return problems
 
 
 def model_config(c):
@@ -93,7 +148,7 @@ def model_config(c):
     if c.init_from:
         try:
             return read_config(c.init_from, **ours)
-        except ValueError:
+        except (ValueError, SystemExit):
             shape = SHAPES.get(Path(c.init_from).name.replace("smollm2", "smollm"))
             return shape and Config(**dict(zip(SHAPE, shape)), **ours)
     return Config(vocab_size=c.vocab_size or 49152, **{name: getattr(c, name) for name in SHAPE}, **ours)
@@ -132,18 +187,19 @@ def print_data(c, sources):
 
 def main(argv):
     settings, name = configure(train.DEFAULTS, argv, train.complete_stages, described_in=[train.__file__])
-    c = train.check_settings(settings, name, ALONE)
+    if not settings["tokenizer"] and not settings["demo"]:
+        raise SystemExit("tokenizer: not set; name a config, for example: python train.py config/train_tiny.py --check")
+    c = train.check_settings(settings, name, World(size=int(os.environ.get("WORLD_SIZE", 1))))
+    problems, sources = find_problems(c)
     if c.demo and not Path(c.demo).exists():
+        problems = [problem for problem in problems if f"{c.demo}/" not in problem]
         print(f"demo: {c.demo} does not exist yet; training makes it first, in under a minute on two cores")
-        problems, sources = [], {}
-    else:
-        problems, sources = find_problems(c)
     if config := model_config(c):
         print_costs(c, config)
     print_data(c, sources)
     for problem in problems:
         print(f"missing  {problem}" if "does not exist" in problem else f"wrong    {problem}")
-    print(f"{len(problems)} problems" if problems else "training would start")
+    print(f"problems: {len(problems)}" if problems else "training would start")
     raise SystemExit(1 if problems else 0)
 
 

@@ -14,16 +14,18 @@ import gzip
 import itertools
 import json
 import sys
+import time
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
 
 from configurator import configure
 from corpora.files import parquet_rows
-from runtime.files import find_files, one_line, replace_file
+from runtime.files import find_files, one_line, read_json, replace_file
 
 DEFAULTS = dict(
     source="",                   # folder with the parquet files
@@ -39,11 +41,12 @@ TRIES, SECONDS = 3, 30  # attempts for each file, and seconds to wait for an ans
 def fetch(blob_id, url):
     """(text, "") of one file, or ("", reason). Bytes that are not UTF-8 are left out, as on the dataset card."""
     reason = ""
-    for _ in range(TRIES):
+    for attempt in range(TRIES):
+        time.sleep(attempt)  # seconds
         try:
             with urllib.request.urlopen(f"{url}/{blob_id}", timeout=SECONDS) as answer:
                 return gzip.decompress(answer.read()).decode("utf-8", "ignore"), ""
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, HTTPException) as error:
             reason = one_line(error)
     return "", reason
 
@@ -72,6 +75,10 @@ def main(argv):
         raise SystemExit(f"--source={c['source']} --out={c['out']}: give the folder of python-edu's parquet files, and "
                          "a folder for the texts")
     out.mkdir(parents=True, exist_ok=True)
+    settings = {key: c[key] for key in ("max_files", "files_a_part")}
+    if (out / "settings.json").exists() and (before := read_json(out / "settings.json")) != settings:
+        raise SystemExit(f"{out}: was made with {before}; give the same again, or another --out")
+    replace_file(out / "settings.json", json.dumps(settings))
     rows = itertools.chain.from_iterable(parquet_rows(path, ["blob_id"]) for path in files)
     ids = itertools.islice((row["blob_id"] for _, row in rows), c["max_files"] or None)
     missing, bar = 0, tqdm(total=c["max_files"] or None, unit=" files", disable=None)
