@@ -340,9 +340,10 @@ def check(settings, kinds):
     for key in ["source", *needed]:
         if not os.path.exists(local_folder(settings[key])):
             raise SystemExit(f"--{key}={settings[key]}: give an existing file or folder; a {kind} set needs it")
-    if not settings["out"] or settings["max_tokens"] < 0:
-        raise SystemExit(f"--out={settings['out']} --max_tokens={settings['max_tokens']}: give a folder for the data "
-                         "sets, and 0 or more tokens")
+    if not settings["out"]:
+        raise SystemExit("--out is missing: give a folder for the data sets")
+    if settings["max_tokens"] < 0:
+        raise SystemExit(f"--max_tokens={settings['max_tokens']}: give 0 for all, or more")
     if settings["shard_by"] not in ("items", "files"):
         raise SystemExit(f"--shard_by={settings['shard_by']}: write items or files")
     if settings["split"] not in ("train", "val") or not 0 <= settings["val_share"] < 1:

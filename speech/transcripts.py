@@ -171,7 +171,7 @@ def fill_spans(words, spans, duration=None):
             raise ValueError(f"word times outside the audio: {said} of {duration:.3f} s")
         if span and (start < first - FRAME or end < last - FRAME):
             raise ValueError(f"impossible word times: {said}, the word before it from {first:.3f} to {last:.3f} s")
-        if end - start > LONGEST_WORD + LONGEST_LETTER * sum(map(len, comparable(word))):
+        if end - start > LONGEST_WORD and end - start > LONGEST_WORD + LONGEST_LETTER * sum(map(len, comparable(word))):
             raise ValueError(f"impossible word times: {said}")
         first, last = span or (first, last)
         latest = max(latest, end)
@@ -189,7 +189,7 @@ def assign_units(words, spans, frame_start, n_frames, rate):
     ends = [end for _, end in spans]
     offsets = word_units(ends, frame_start, n_frames, rate)
     own = word_units([*ends, ends[-1]], frame_start, n_frames, rate)  # the last word without what follows its end
-    spoken = [i for i, word in enumerate(words) if comparable(word)]
+    spoken = [i for i, word in enumerate(words) if any(map(str.isalnum, word))]
     empty = sum(own[i] == own[i + 1] or spans[i][0] == spans[i][1] for i in spoken)
     if 2 * empty > len(spoken):
         raise ValueError(f"impossible word times: {empty} of {len(spoken)} words have no units or no duration")

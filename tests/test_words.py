@@ -2,6 +2,7 @@
 import itertools
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,6 +87,12 @@ def test_the_parts_of_a_word_are_in_order():
 def test_pauses_and_unknown_words_of_several_aligners():
     timed = [("SIL", 0, 0.1), ("she", 0.1, 0.3), ("[noise]", 0.3, 0.5), ("<UNK>", 0.5, 0.7), ("<eps>", 0.7, 0.8)]
     assert match_words(["She", "smiles."], timed) == [(0.1, 0.3), (0.5, 0.7)]
+
+
+def test_units_need_no_reading_of_numbers(monkeypatch):
+    """Text that espeak-ng has spoken comes with its times, and num2words may not be installed."""
+    monkeypatch.setitem(sys.modules, "num2words", None)
+    assert assign_units(["at", "9"], [(0, 0.4), (0.4, 0.8)], np.arange(20), 20, 25).tolist() == [0, 10, 20]
 
 
 def test_half_of_the_words_may_be_without_units():

@@ -67,6 +67,8 @@ def find_problems(c):
     if c.init_from:
         try_to_open("init_from", [c.init_from], problems, lambda: read_config(c.init_from))
     hashes = tokenizer and tokenizer.hash, units and units["hash"]
+    c.vocab_size = c.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
+    c.n_units = c.n_units or (units["n_units"] if units else 0)
     kinds = {kind for stage in c.stages.values() for kind in stage["mixture"]}
     for kind in sorted(kinds):
         folders = getattr(c, kind)
@@ -151,7 +153,9 @@ def model_config(c):
         except (ValueError, SystemExit):
             shape = SHAPES.get(Path(c.init_from).name.replace("smollm2", "smollm"))
             return shape and Config(**dict(zip(SHAPE, shape)), **ours)
-    return Config(vocab_size=c.vocab_size or 49152, **{name: getattr(c, name) for name in SHAPE}, **ours)
+    if not c.vocab_size:
+        return None
+    return Config(vocab_size=c.vocab_size, **{name: getattr(c, name) for name in SHAPE}, **ours)
 
 
 def print_costs(c, config):
@@ -164,11 +168,11 @@ def print_costs(c, config):
         step = backbone * (2 if stage["train"] == "new" else 3) + added * 3
         flops, tokens = flops + step * stage["steps"], tokens + c.batch_tokens * stage["steps"]
     hours, size = flops / H100 / 3600, 4 * (text + new)
-    print(f"parameters: {text / 1e6:.1f}M text + {new / 1e6:.1f}M speech; tokens: {tokens / 1e9:.2f} billion")
-    print(f"time: about {hours:.1f} hours of one H100 at 40% of its peak, {hours / 4:.1f} of four ({flops:.1e} FLOPs)")
-    print(f"memory: {4 * size / 1e9:.1f} GB a GPU for weights, gradients and AdamW, and the activations of "
+    print(f"parameters: {text / 1e6:.1f}M text + {new / 1e6:.1f}M speech; tokens: {tokens / 1e6:,.1f} million")
+    print(f"time: {flops:.1e} FLOPs, about {hours:.2g} hours of one H100 at 40% of its peak, {hours / 4:.2g} of four")
+    print(f"memory: {4 * size / 1e9:.2g} GB a GPU for weights, gradients and AdamW, and the activations of "
           f"{c.micro_batch} x {length} tokens (--micro_batch)")
-    print(f"disk: {3 * size / 1e9:.1f} GB for each of {c.keep_checkpoints} checkpoints in {c.out_dir}")
+    print(f"disk: {3 * size / 1e9:.2g} GB for each of {c.keep_checkpoints} checkpoints in {c.out_dir}")
 
 
 def print_data(c, sources):
