@@ -35,7 +35,7 @@ from runtime.log import flat, read_log
 LAUNCHER = ROOT / "tools/launch.py"
 os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 FORK = multiprocessing.get_context("forkserver")  # a server that imports train once and forks every process
-FORK.set_forkserver_preload(["train", "tools.figures"])
+FORK.set_forkserver_preload(["train", "tools.figures", "torch._dynamo"])  # every optimizer imports the last
 # {function: how often it is called at most in a whole run of 17 steps}
 POINTS = {
     "train.schedule": 17, "torch.nn.utils.clip_grad_norm_": 17, "train.heldout_nll": 6, "train.topic_cloze": 6,

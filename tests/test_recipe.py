@@ -233,8 +233,9 @@ def test_every_folder_of_the_configs_has_a_command():
             assert re.search(rf"^{step}\(\)", (ROOT / script).read_text(), re.MULTILINE), path
 
 
-def test_the_files_of_python_edu(tmp_path, capsys):
+def test_the_files_of_python_edu(tmp_path, capsys, monkeypatch):
     """A server in the place of Software Heritage, which lacks a file, has one that is cut, and one that is no UTF-8."""
+    monkeypatch.setattr(python_edu.time, "sleep", lambda seconds: None)
     files = {f"id{i}": gzip.compress(f"print({i})\n".encode()) for i in range(7)}
     files |= dict(id1=files["id1"][:-5], id2=gzip.compress(b"# caf\xe9\n"))
 
