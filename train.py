@@ -1,7 +1,7 @@
 """
 Train a text-speech language model, stage by stage.
 
-    python train.py config/train_tiny.py                          a tiny run, which first makes its data: three minutes
+    python train.py config/train_tiny.py                          a tiny run, which first makes its data: four minutes
     torchrun --nproc_per_node=4 train.py config/train_150m.py     four GPUs
     python train.py config/train_tiny.py --seed=2 --stages.stage2.steps=100 --out_dir=out/mine
     python train.py config/train_tiny.py --resume=true            continue exactly from the newest checkpoint
