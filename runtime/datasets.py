@@ -18,6 +18,7 @@ a text set or as a speech set. A folder of data sets can be used as one set with
 """
 import hashlib
 import json
+import mmap
 import reprlib
 from operator import index
 from pathlib import Path
@@ -130,6 +131,8 @@ def open_set(folder, tokenizer=None, units=None, full=False):
             raise DataError(f"{path}: made with {stream} {key} {reprlib.repr(meta[stream].get(key))}, "
                             f"the model has {wanted!r}; make the set again with the model's own")
     dataset = DataSet(folder, meta, **arrays)
+    if not full:  # the checks touch few places, and reading ahead at each would read most of a file that is not cached
+        advise(arrays, mmap.MADV_RANDOM)
     for name in expected:
         fault = find_fault(arrays[name], name, *expected[name], full)
         if not fault and name in ("text", "speech") and not all_end_with_eos(dataset, name, full):
@@ -138,7 +141,14 @@ def open_set(folder, tokenizer=None, units=None, full=False):
             raise DataError(f"{folder / name}.npy: {fault}; make the set again")
     if full and "sha256" in meta and meta["sha256"] != checksum(folder, meta):
         raise DataError(f"{folder}: a file is not as it was written (sha256 in meta.json); make the set again")
+    advise(arrays, mmap.MADV_NORMAL)
     return dataset
+
+
+def advise(arrays, advice):
+    """Tell the system how memory-mapped arrays will be read."""
+    for array in arrays.values():
+        array._mmap.madvise(advice)
 
 
 def expected_arrays(meta):
