@@ -3,9 +3,10 @@ Make the shards of a corpus on the machines of a Ray cluster.
 
     python -m tools.with_ray --shards=64 --cpus=16 --gpus=1 corpora.libriheavy --source=... --out=...
 
-What follows the name of the script are its own settings. Each shard is a Ray task that runs the script with --shard=i/n
-and --workers=CPUS, so the data is the same as without Ray. All machines need this code in the same folder, and --source
-and --out on a shared file system. Shards that failed are named at the end; the same command makes what is missing.
+What follows the name of the script are its own settings. A Ray Data pipeline maps each shard number to a run of the
+script with --shard=i/n and --workers=CPUS, so the data is the same as without Ray. All machines need this code in the
+same folder, and --source and --out on a shared file system. Shards that failed are named at the end; the same command
+makes what is missing.
 """
 import os
 import subprocess
@@ -22,9 +23,9 @@ DEFAULTS = dict(
 
 
 def make_shard(command, number, shards):
-    """Run one shard. Returns (number, the end of what the script printed), or (number, "") if it ended well."""
+    """Run one shard. Returns {number, message}: the end of what the script printed, or "" if it ended well."""
     done = subprocess.run([*command, f"--shard={number}/{shards}"], cwd=ROOT, capture_output=True, text=True)
-    return number, (done.stderr or done.stdout)[-500:] if done.returncode else ""
+    return dict(number=number, message=(done.stderr or done.stdout)[-500:] if done.returncode else "")
 
 
 def main(argv):
@@ -35,18 +36,17 @@ def main(argv):
     c, _ = configure(DEFAULTS, argv[:scripts[0]])
     try:
         import ray
+        import ray.data
     except ImportError:
-        raise SystemExit("ray is missing: pip install ray") from None
+        raise SystemExit("ray is missing: pip install 'ray[data]'") from None
     command = [sys.executable, "-m", *argv[scripts[0]:], f"--workers={c['cpus']}"]
     ray.init(address=c["address"] or os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True)
-    task = ray.remote(num_cpus=c["cpus"], num_gpus=c["gpus"], max_retries=3)(make_shard)
-    waiting, failed = [task.remote(command, number, c["shards"]) for number in range(c["shards"])], {}
-    while waiting:
-        ready, waiting = ray.wait(waiting)
-        number, message = ray.get(ready[0])
-        print(f"shard {number}: {message or 'done'}", flush=True)
-        if message:
-            failed[number] = message
+    shards = ray.data.range(c["shards"], override_num_blocks=c["shards"])  # one block, and so one task, for each
+    made = shards.map(lambda row: make_shard(command, row["id"], c["shards"]), num_cpus=c["cpus"], num_gpus=c["gpus"])
+    failed = []
+    for row in made.iter_rows():
+        print(f"shard {row['number']}: {row['message'] or 'done'}", flush=True)
+        failed += [int(row["number"])] if row["message"] else []
     if failed:
         raise SystemExit(f"{len(failed)} of {c['shards']} shards failed: {sorted(failed)}; the same command makes them")
 
