@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.utterances import open_tokenizer, read_utterances
 from configurator import configure, nearest
 from data import open_source
-from evaluate import local_place, newest_checkpoint
+from evaluate import hub_results, newest_checkpoint
 from model import TEXT_ONLY, from_pretrained
 from runtime.checkpoint import made_with
 from runtime.devices import pick_device
@@ -688,7 +688,7 @@ def main(argv):
     settings = SimpleNamespace(**configure(DEFAULTS, options if command in COMMANDS else ["--help"])[0])
     check(settings)
     first = settings.checkpoint.split(",")[0]
-    settings.out = settings.out or str(Path(local_place(first) or run_of(first)) / "analysis")
+    settings.out = settings.out or str(Path(hub_results(first) or run_of(first)) / "analysis")
     settings.device = pick_device(settings.device)
     try:
         save(command, settings, *COMMANDS[command](settings))

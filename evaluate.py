@@ -366,9 +366,8 @@ def newest_checkpoint(folder):
     return found
 
 
-def local_place(checkpoint):
-    """Where the results of a checkpoint on the hub go, because nothing is written into the cache. "": it is not there.
-    """
+def hub_results(checkpoint):
+    """The folder for the results of a checkpoint hf:OWNER/NAME, because nothing is written into the cache. Else ""."""
     if not checkpoint.startswith("hf:"):
         return ""
     folder = Path("out", checkpoint.removeprefix("hf:").replace("/", "--"))
@@ -410,15 +409,14 @@ def main(argv):
     settings.batch_tokens = settings.batch_tokens or (512 if world.device.type == "cpu" else 16384)
     settings.protocol = {task: options | settings.protocol.get(task, {})
                          for task, options in DEFAULTS["protocol"].items()}
-    place = local_place(settings.checkpoint)
+    given = settings.checkpoint
     for key in ("checkpoint", "before", "versus"):
         folder = getattr(settings, key)
         if folder and not folder.endswith(".json"):
             # One process chooses for all, because a run may still be writing checkpoints.
             found = on_first(lambda folder=folder: str(newest_checkpoint(folder)), world)
             setattr(settings, key, found)
-    place = place or settings.checkpoint
-    path = Path(settings.out or Path(place) / "evaluation.json")
+    path = Path(settings.out or Path(hub_results(given) or settings.checkpoint) / "evaluation.json")
     check_settings(settings, path)
     try:
         results = score_checkpoint(settings.checkpoint, settings, world, path)

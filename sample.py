@@ -174,8 +174,9 @@ def read_sound(path, vocabulary):
     try:
         waveform = read_audio(path)
     except ValueError as error:
-        hint = f"; for the text in this file write --prompt=\"$(cat '{path}')\""
-        raise ValueError(f"{error}{'' if Path(path).suffix.lower() in SUFFIXES else hint}") from None
+        if Path(path).suffix.lower() in SUFFIXES:
+            raise
+        raise ValueError(f"{error}; for the text in this file write --prompt=\"$(cat '{path}')\"") from None
     [(ids, _)] = vocabulary.encode([waveform])
     if len(ids) == 0:
         raise ValueError(f"audio too short: {path} has {len(waveform)} samples at 16 kHz, fewer than one unit takes")

@@ -333,15 +333,9 @@ def spoken_document(heard, models):
 
 def check(settings, kinds):
     """Return (shard, n_shards). Raises SystemExit for wrong settings."""
-    kind, shard = settings["kind"], re.fullmatch(r"(\d+)/(\d+)", settings["shard"])
-    if kind not in kinds:
-        raise SystemExit(f"--kind={kind}: this corpus gives {', '.join(kinds)}; write --kind={kinds[0]}")
-    needed = dict(text=["tokenizer"], speech=["units"], paired=["units", "tokenizer"])[kind]
-    for key in ["source", *needed]:
-        if not os.path.exists(local_folder(settings[key])):
-            raise SystemExit(f"--{key}={settings[key]}: give an existing file or folder; a {kind} set needs it")
-    if not settings["out"]:
-        raise SystemExit("--out is missing: give a folder for the data sets")
+    if settings["kind"] not in kinds:
+        raise SystemExit(f"--kind={settings['kind']}: this corpus gives {', '.join(kinds)}; write --kind={kinds[0]}")
+    check_paths(settings, settings["kind"])
     if settings["max_tokens"] < 0:
         raise SystemExit(f"--max_tokens={settings['max_tokens']}: give 0 for all, or more")
     if settings["shard_by"] not in ("items", "files"):
@@ -351,15 +345,26 @@ def check(settings, kinds):
                          "share of at least 0 and less than 1")
     if settings["split"] == "val" and not settings["val_share"]:
         raise SystemExit("--split=val: nothing is held out; write --val_share=0.001, as for --split=train")
-    if not shard or int(shard[1]) >= int(shard[2]):
-        raise SystemExit(f"--shard={settings['shard']}: write i/n, with i from 0 to n - 1")
-    return share_of_process(int(shard[1]), int(shard[2]))
+    return read_shard(settings["shard"])
 
 
-def share_of_process(shard, n_shards):
-    """(shard, n_shards) of this process, out of those that its machine was given, which torchrun's processes share."""
+def check_paths(settings, kind):
+    """SystemExit if a file or folder that a kind of set needs is missing."""
+    needed = dict(text=["tokenizer"], speech=["units"], paired=["units", "tokenizer"])[kind]
+    for key in ["source", *needed]:
+        if not os.path.exists(local_folder(settings[key])):
+            raise SystemExit(f"--{key}={settings[key]}: give an existing file or folder; a {kind} set needs it")
+    if not settings["out"]:
+        raise SystemExit("--out is missing: give a folder for the data sets")
+
+
+def read_shard(text):
+    """(shard, n_shards) of this process, from --shard=i/n. torchrun's processes share the shard of their machine."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise SystemExit(f"--shard={text}: write i/n, with i from 0 to n - 1")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return shard * processes + rank, n_shards * processes
+    return int(match[1]) * processes + rank, int(match[2]) * processes
 
 
 def load_models(settings):

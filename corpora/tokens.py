@@ -33,7 +33,6 @@ exceed the audio. dropped.jsonl says which samples and why, and report.json coun
 import itertools
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -42,10 +41,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from corpora.common import listing_hash, share_of_process
+from corpora.common import check_paths, listing_hash, read_shard
 from corpora.parts import Bad, Document, finished_parts, write_part, write_report
 from runtime.files import DataError, reading
-from runtime.hub import local_folder
 from runtime.tokenizer import Tokenizer
 from speech.transcripts import assign_units, fill_spans
 from speech.units import collapse, read_vocabulary
@@ -319,18 +317,10 @@ def read_split(split, tokenizer, units, shard, n_shards, first):
 
 def check(settings, kind):
     """Return (shard, n_shards). SystemExit for wrong settings."""
-    needed = dict(text=["tokenizer"], speech=["units"], paired=["units", "tokenizer"])
-    if kind not in needed:
+    if kind not in ("paired", "speech", "text"):
         raise SystemExit(f"--kind={kind}: write paired, speech or text")
-    for key in ["source", *needed[kind]]:
-        if not os.path.exists(local_folder(settings[key])):
-            raise SystemExit(f"--{key}={settings[key]}: give an existing file or folder; a {kind} set needs it")
-    if not settings["out"]:
-        raise SystemExit("--out is missing: give a folder for the data set")
-    shard = re.fullmatch("([0-9]+)/([0-9]+)", settings["shard"])
-    if not shard or int(shard[1]) >= int(shard[2]):
-        raise SystemExit(f"--shard={settings['shard']}: write i/n, with i from 0 to n - 1")
-    return share_of_process(int(shard[1]), int(shard[2]))
+    check_paths(settings, kind)
+    return read_shard(settings["shard"])
 
 
 def load_vocabularies(settings, kind):

@@ -33,7 +33,7 @@ DEFAULTS = dict(
     shards=64,            # number of shards
     part_tokens=1 << 26,  # tokens in a part
 )
-FILES_A_PART = 9  # five arrays, their description, the record, the dropped items, and the folder itself
+FILES_A_PART = 8  # five arrays, their description, the record of the part, and the dropped items
 
 
 def write_listing(folder, c):
@@ -79,7 +79,7 @@ def main(argv):
             print(f"shards by {shard_by}: one of {c['shards']} has {n} items in {parts} parts; reading the listing "
                   f"took {seconds:.0f} s; largest memory {memory:.2f} GB")
     parts = parts * c["shards"]
-    print(f"the whole corpus: {parts} folders in --out, {parts * FILES_A_PART} files, 9 in each")
+    print(f"the whole corpus: {parts} folders in --out, {parts * FILES_A_PART} files, {FILES_A_PART} in each")
 
 
 if __name__ == "__main__":
