@@ -20,5 +20,5 @@ stages = dict(
                 warmup=100, decay=0.2),
     stage2=dict(steps=14_259, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=3e-4),
 )
-micro_batch = 16
+micro_batch = 32  # 44 GB on a GPU; with 16 it is 24 GB, and 6 to 10% slower
 compile = True

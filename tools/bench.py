@@ -154,11 +154,15 @@ def prepare(settings, name, world):
 
 
 def make_model(c, world):
-    return train.place_model(train.build_model(c, SimpleNamespace(eos=0)), c, world)
+    with world.device:  # random weights, made on a GPU in no time
+        model = train.build_model(c, SimpleNamespace(eos=0))
+    return train.place_model(model, c, world)
 
 
 def choose_dtype(c, world, folder):
     """The name of the dtype that train.py chooses for these settings."""
+    if c.dtype != "auto":
+        return c.dtype
     sources = dict.fromkeys(("text", "speech", "interleaved"), open_source("interleaved", [folder]))
     dtype = train.choose_dtype(c, make_model(c, world), SimpleNamespace(train=sources), world)
     return str(dtype).removeprefix("torch.")

@@ -13,7 +13,12 @@
 # run on a CPU, with small models and the tiny study. Results: out/gpu_day, out/study_small.
 set -euo pipefail
 out=out/gpu_day${MINIATURE:+_miniature}
-deadline=$((SECONDS + ${MINUTES:-600} * 60))
+minutes=${MINUTES:-600}
+if ! [[ $minutes =~ ^[0-9]+$ ]]; then
+    echo "MINUTES=$minutes: give whole minutes"
+    exit 1
+fi
+deadline=$((SECONDS + minutes * 60))
 failed=0
 mkdir -p "$out"
 
@@ -69,12 +74,12 @@ speed() {
     for size in 150m 400m 2b; do
         once "bench_$size" $bench "config/train_$size.py" --what=train --micro_batches=3 "--out=$out/bench_$size.json"
     done
-    once bench_llama $bench config/train_150m.py --what=train --micro_batches=3 --reference=true "--out=$out/llama.json"
     for pair in compile=false micro_batch=32 recompute=true dtype=float32; do
         once "pair_$pair" $bench config/train_150m.py --what=train --micro_batches=3 "--pair=$pair" \
             "--out=$out/pair_$pair.json"
     done
     once bench_use $bench config/train_150m.py --what=score,generate,data "--out=$out/bench_use.json"
+    once bench_llama $bench config/train_150m.py --what=train --micro_batches=3 --reference=true "--out=$out/llama.json"
 }
 
 # run_study SEEDS RUNS: make the runs that are missing, then the tables and pictures of all finished runs
