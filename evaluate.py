@@ -33,14 +33,14 @@ from benchmarks.sblimp import score as score_sblimp
 from configurator import configure
 from data import open_source, sample
 from model import SmolTolk, count_parameters, from_pretrained, make_layout
-from runtime.checkpoint import made_with, newest
+from runtime.checkpoint import demo_of, made_with, newest
 from runtime.distributed import ALONE, World, all_sum, join_world, leave_world, on_first
 from runtime.files import digest, find_files, read_json
 from runtime.hub import local_folder
 from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
-checkpoint = "out/train_tiny"    # folder of a run (its newest checkpoint is scored) or of a model
+checkpoint = "assets/tiny/smoltolk"  # folder of a run (its newest checkpoint is scored) or of a model
 versus = ""                      # a second checkpoint to compare with, or its evaluation.json
 before = ""                      # SmolLM folder from which training started; it is scored on MMLU
 tasks = []                       # the tasks to score; []: those whose data is set, otherwise topic_cloze and nll
@@ -51,10 +51,10 @@ tstorycloze = ""                 # folder of wavs, or of wavs and texts, or a pa
 sstorycloze = ""                 # the same for StoryCloze
 librispeech = []                 # data sets with speech
 text = []                        # data sets with text
-cloze = "data/demo/cloze"        # Topic-Cloze set
-val_text = ["data/demo/val"]     # data sets for the held-out NLL of text
-val_speech = ["data/demo/val"]   # data sets for the held-out NLL of speech
-val_interleaved = ["data/demo/val"]  # data sets for the held-out NLL of interleaved sequences
+cloze = ""                       # Topic-Cloze set; "": the demo's
+val_text = []                    # data sets for the held-out NLL of text; if all three are []: the demo's
+val_speech = []                  # data sets for the held-out NLL of speech
+val_interleaved = []             # data sets for the held-out NLL of interleaved sequences
 val_sequences = 256              # held-out sequences of each kind
 text_span = [10, 30]             # fewest and most words of a text span in interleaved sequences
 speech_span = [5, 15]            # fewest and most words of a speech span
@@ -287,11 +287,17 @@ def data_of(task, settings):
     return getattr(settings, "cloze" if task == "topic_cloze" else task)
 
 
-def choose_tasks(settings, has_speech):
-    """The tasks to score: settings.tasks, or those whose data is set, or topic_cloze and nll. ValueError."""
-    defaults = SimpleNamespace(**DEFAULTS)
-    named = [task for task in TASKS if data_of(task, settings) != data_of(task, defaults)]
-    chosen = settings.tasks or named or ["topic_cloze", "nll"]
+def choose_tasks(settings, folder):
+    """The tasks to score: settings.tasks, or those whose data is set, or topic_cloze and nll. ValueError.
+
+    If topic_cloze or nll is to be scored and its data is not set, the data is filled in: that of the demo.
+    """
+    has_speech, demo = (folder / "speech.safetensors").exists(), demo_of(folder)
+    chosen = settings.tasks or [task for task in TASKS if data_of(task, settings)] or ["topic_cloze", "nll"]
+    if "topic_cloze" in chosen:
+        settings.cloze = settings.cloze or f"{demo}/cloze"
+    if "nll" in chosen and not data_of("nll", settings):
+        settings.val_text = settings.val_speech = settings.val_interleaved = [f"{demo}/val"]
     for task in chosen:
         if task not in TASKS:
             raise ValueError(f"tasks: no task {task}; choose among {', '.join(TASKS)}")
@@ -299,8 +305,7 @@ def choose_tasks(settings, has_speech):
             raise ValueError(f"tasks: {task} needs speech, and this checkpoint has no speech.safetensors")
         data = data_of(task, settings)
         if not data:
-            key = dict(topic_cloze="cloze", nll="val_text").get(task, task)
-            raise ValueError(f"tasks: {task} has no data; set --{key}")
+            raise ValueError(f"tasks: {task} has no data; set --{task}")
         for path in [data] if isinstance(data, str) else data:
             if not Path(path).exists():
                 raise ValueError(f"{path}: no such file or folder; {task} needs it")
@@ -311,7 +316,7 @@ def score_checkpoint(folder, settings, world, path):
     """Score the tasks -> results. Writes them to path (a .json), tables to the .md, values of items to the .items/."""
     folder = Path(folder)
     has_speech, hashes = (folder / "speech.safetensors").exists(), made_with(folder)
-    chosen = choose_tasks(settings, has_speech)
+    chosen = choose_tasks(settings, folder)
     if settings.units:
         hear.check_units(settings.units, folder)
     model, tokenizer = from_pretrained(folder).to(world.device).eval(), Tokenizer(folder / "tokenizer.json")
@@ -366,11 +371,11 @@ def newest_checkpoint(folder):
     return found
 
 
-def hub_results(checkpoint):
-    """The folder for the results of a checkpoint hf:OWNER/NAME, because nothing is written into the cache. Else ""."""
-    if not checkpoint.startswith("hf:"):
+def results_folder(checkpoint):
+    """The folder for the results of a checkpoint in hf: or in assets/, where nothing is written. For others ""."""
+    if not checkpoint.startswith(("hf:", "assets/")):
         return ""
-    folder = Path("out", checkpoint.removeprefix("hf:").replace("/", "--"))
+    folder = Path("out", checkpoint.removeprefix("hf:").removeprefix("assets/").replace("/", "--"))
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 
@@ -416,7 +421,7 @@ def main(argv):
             # One process chooses for all, because a run may still be writing checkpoints.
             found = on_first(lambda folder=folder: str(newest_checkpoint(folder)), world)
             setattr(settings, key, found)
-    path = Path(settings.out or Path(hub_results(given) or settings.checkpoint) / "evaluation.json")
+    path = Path(settings.out or Path(results_folder(given) or settings.checkpoint) / "evaluation.json")
     check_settings(settings, path)
     try:
         results = score_checkpoint(settings.checkpoint, settings, world, path)

@@ -32,11 +32,12 @@ from configurator import configure
 from data import prompt_sequence
 from evaluate import newest_checkpoint
 from model import TEXT_ONLY, from_pretrained, new_cache
+from runtime.checkpoint import demo_of
 from runtime.devices import pick_device
 from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
-checkpoint = "out/train_tiny"  # folder of a run (its newest checkpoint is used) or of a model, SmolTolk or SmolLM
+checkpoint = "assets/tiny/smoltolk"  # folder of a run (its newest checkpoint is used) or of a model
 prompt = []                    # text, a sound file or a file of units; optional; repeat --prompt for a batch
 to = "text"                    # what to make: text, speech, or several parts with lengths, as in text:30,speech:100
 max_new = 128                  # maximum number of symbols in a part without a length
@@ -44,7 +45,7 @@ temperature = 0.8              # 0: always the most likely symbol
 top_k = 0                      # draw only from the k most likely symbols; 0: from all
 top_p = 1.0                    # draw only from the smallest set of most likely symbols with this total probability
 seed = 1                       # for drawing symbols
-units = "data/demo/units"      # folder of the unit vocabulary that the checkpoint was trained with
+units = ""                     # folder of the unit vocabulary that the checkpoint was trained with; "": the demo's
 vocoder = ""                   # folder of a vocoder, for HuBERT units
 out = "answer.wav"             # sound file for speech, .wav or .flac
 device = "auto"                # "cuda", "cpu", "mps", or "auto" for the best one available
@@ -292,6 +293,7 @@ def main(argv):
             tokenizer = Tokenizer(folder / "tokenizer.json")
         if kinds & {"speech", "sound"}:
             from speech.units import load_units
+            c.units = c.units or f"{demo_of(folder)}/units"
             check_units(c.units, folder)
             vocabulary = load_units(c.units, device)
         openings = [opening(prompt, plan[0][0], model.config, tokenizer, vocabulary) for prompt in prompts]

@@ -415,12 +415,17 @@ def make(
     texts = [story.text() for story in stories]
     recordings, codebook = speak_all(sets, n_units, seed, workers)
 
-    with whole_folder(out) as folder:
-        train_tokenizer(texts + [story.text() for story in sets["paired"]], vocab_size, folder / "tokenizer.json")
-        counts = write_sets(folder, texts, recordings, codebook, seed)
-        write_examples(folder, recordings["paired"], codebook)
-        about = dict(parameters=parameters, **counts, seconds_taken=round(time.time() - began, 1))
-        (folder / "demo.json").write_text(json.dumps(about, indent=1))
+    try:
+        with whole_folder(out) as folder:
+            train_tokenizer(texts + [story.text() for story in sets["paired"]], vocab_size, folder / "tokenizer.json")
+            counts = write_sets(folder, texts, recordings, codebook, seed)
+            write_examples(folder, recordings["paired"], codebook)
+            about = dict(parameters=parameters, **counts, seconds_taken=round(time.time() - began, 1))
+            (folder / "demo.json").write_text(json.dumps(about, indent=1))
+    except OSError:
+        if not out.exists():
+            raise
+        return reuse(out, parameters)  # another process, which began at the same time, was faster
     return about
 
 

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from runtime.files import read_json, reading
 from runtime.tokenizer import Tokenizer
 
+DEMOS = "data/demo", "assets/tiny"  # folders of the demo corpus; the second holds a part of it, in this repository
+
 
 def checkpoints(out_dir):
     """The checkpoints of a run, oldest first."""
@@ -74,6 +76,15 @@ def made_with(folder):
     tokenizer, units_json = folder / "tokenizer.json", folder / "units.json"
     return (Tokenizer(tokenizer).hash if tokenizer.exists() else None,
             read_json(units_json).get("hash") if units_json.exists() else None)
+
+
+def demo_of(folder):
+    """The demo corpus that a checkpoint was trained on: data/demo, or the part of it in assets/tiny."""
+    for demo in DEMOS:
+        units_json = Path(demo, "units/units.json")
+        if units_json.exists() and read_json(units_json).get("hash") == made_with(folder)[1]:
+            return demo
+    return DEMOS[0]
 
 
 def identify(sources, tokenizer, units):
