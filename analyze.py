@@ -33,16 +33,16 @@ from tqdm import tqdm
 from benchmarks.utterances import open_tokenizer, read_utterances
 from configurator import configure, nearest
 from data import open_source
-from evaluate import hub_results, newest_checkpoint
+from evaluate import newest_checkpoint, results_folder
 from model import TEXT_ONLY, from_pretrained
-from runtime.checkpoint import made_with
+from runtime.checkpoint import demo_of, made_with
 from runtime.devices import pick_device
 from runtime.log import flat, read_log
 from runtime.threads import share_cores
 
-checkpoint = "out/train_tiny"   # folders of runs or of models, separated by commas
-data = "data/demo/test"         # folder of a paired data set, or of recordings if corpus is set
-val = "data/demo/val"           # segmentation: a second folder of the same kind, on which the methods are tuned
+checkpoint = "assets/tiny/smoltolk"  # folders of runs or of models, separated by commas
+data = ""                       # folder of a paired data set, or of recordings if corpus is set; "": the demo's test
+val = ""                        # segmentation: a second one, on which the methods are tuned; "": the demo's val
 text = ""                       # dimension: folder of a paired or text data set for the text; default: the same as data
 corpus = ""                     # segmentation, weights: the NAME of corpora/NAME.py, to read recordings with true times
 units = ""                      # folder of the speech units: needed with corpus, otherwise gives durations of units
@@ -688,8 +688,11 @@ def main(argv):
     settings = SimpleNamespace(**configure(DEFAULTS, options if command in COMMANDS else ["--help"])[0])
     check(settings)
     first = settings.checkpoint.split(",")[0]
-    settings.out = settings.out or str(Path(hub_results(first) or run_of(first)) / "analysis")
+    settings.out = settings.out or str(Path(results_folder(first) or run_of(first)) / "analysis")
     settings.device = pick_device(settings.device)
+    if command != "scaling":  # which reads logs alone
+        demo = demo_of(newest_checkpoint(first))
+        settings.data, settings.val = settings.data or f"{demo}/test", settings.val or f"{demo}/val"
     try:
         save(command, settings, *COMMANDS[command](settings))
     except ValueError as error:  # its message names the file and the fault
