@@ -6,6 +6,7 @@ The numbers behind Table 3 and Figures 2 to 9 of the paper, from trained models 
     python analyze.py dimension    --checkpoint=out/train_tiny,out/baseline_tiny     Figure 3: intrinsic dimension
     python analyze.py overlap      --checkpoint=out/train_tiny,out/baseline_tiny     Figure 4: subspace overlap
     python analyze.py scaling      --checkpoint=out/train_tiny,out/baseline_tiny     Figures 2, 6: metrics over compute
+    python analyze.py lens         --checkpoint=out/train_tiny,out/baseline_tiny     not in the paper: the logit lens
 
 Each command writes a csv, a json and a png to the folder --out. tools/figures.py draws the png from the json alone.
 --checkpoint takes folders of runs, whose newest checkpoint is used, and folders of models.
@@ -49,8 +50,8 @@ units = ""                      # folder of the speech units: needed with corpus
 out = ""                        # folder for the results; default: the folder "analysis" in the first run
 device = "auto"                 # "cuda", "cpu", "mps", or "auto" for the best one available
 batch_tokens = 8192             # positions in one forward pass
-seed = 1                        # for subsequences, the random baseline and the bootstrap
-utterances = 2000               # segmentation, weights: the number of utterances, if the data holds so many
+seed = 1                        # for subsequences, the random baseline, permutations and the bootstrap
+utterances = 2000               # segmentation, weights, lens: the number of utterances, if the data holds so many
 tolerance = 1                   # segmentation: the largest distance between a hit and a true boundary, in units
 tolerance_ms = 40.0             # segmentation: the same in milliseconds
 omega_at = "read"               # segmentation, weights: the position of a unit's omega, "read" or "predicted"
@@ -63,7 +64,8 @@ clip = 0.95                     # dimension, overlap: clip each layer at this qu
 max_rank = 2**13                # dimension: the rank of the farthest neighbour
 scale = 0                       # dimension: the neighbour rank n, a power of 2, to report; 0: the plateau of the curve
 components = 50                 # overlap: the number of principal components
-bootstrap = 50                  # overlap: bootstrap samples for the band
+bootstrap = 50                  # overlap, lens: bootstrap samples for the band
+permutations = 5                # lens: how many random targets each word gets for comparison
 _CLOZE = "topic_cloze/S/accuracy,topic_cloze/T->S/accuracy,topic_cloze/S->T/accuracy"
 metrics = f"nll/speech/speech,{_CLOZE}"  # scaling: keys in log.jsonl, those of nested dicts joined by /
 
@@ -140,11 +142,15 @@ def last_hidden(net, sequences, batch_tokens, text=False):
     return states
 
 
+def spoken(net, utterances):
+    """Sequences of ids that the model reads: the speech EOS and then the units of each utterance."""
+    return [np.append(net.config.speech_eos, u.units + net.config.vocab_size) for u in utterances]
+
+
 def layer_weights(net, utterances, batch_tokens, omega_at):
     """omega of each utterance, a list of float32 [units, L]. omega_at: "read" or "predicted"."""
-    sequences = [np.append(net.config.speech_eos, u.units + net.config.vocab_size) for u in utterances]
     omega = [None] * len(utterances)
-    for chosen, lengths, output in run_in_batches(net, sequences, batch_tokens):
+    for chosen, lengths, output in run_in_batches(net, spoken(net, utterances), batch_tokens):
         for i, length, row in zip(chosen, lengths, output.log_omega.exp().cpu().numpy()):
             omega[i] = row[1:length] if omega_at == "read" else row[:length - 1]
     return omega
@@ -642,9 +648,119 @@ def scaling(settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# logit lens (nostalgebraist 2020): which words the text head finds in the hidden states of speech
+
+TARGETS = {"this word": slice(0, 1), "word before": slice(1, 2), "word after": slice(2, 3),
+           "permutation": slice(3, None)}
+
+
+class SpokenWords(NamedTuple):
+    utterance: np.ndarray  # int64 [n]: the index of each word's utterance
+    position: np.ndarray   # int64 [n]: the position of its last unit, in a sequence that starts with the speech EOS
+    targets: np.ndarray    # int64 [n, 3 + permutations]: first text tokens, with columns as in TARGETS; -1: left out
+    left_out: dict         # how many words and targets are left out, and why
+
+
+def spoken_words(utterances, permutations, seed):
+    """All words that have units, and the targets that are looked for at the last unit of each -> SpokenWords.
+
+    The permutations draw the targets of other words. A target that equals the word's own first token is left out.
+    """
+    tables = []
+    for i, u in enumerate(utterances):
+        tokens = np.concatenate([[-1], u.first_tokens, [-1]])  # there is no word before the first and after the last
+        table = np.stack([np.full(len(u.words), i), u.offsets[1:], tokens[1:-1], tokens[:-2], tokens[2:]], axis=1)
+        tables.append(table[np.diff(u.offsets) > 0])
+    table, rng = np.concatenate(tables), np.random.default_rng(seed)
+    drawn = [rng.permutation(table[:, 2]) for _ in range(permutations)]
+    targets = np.column_stack([table[:, 2:], *drawn])
+    is_same = targets == targets[:, :1]
+    left_out = {"words without units": sum(len(u.words) for u in utterances) - len(table)}
+    for name, columns in list(TARGETS.items())[1:]:
+        left_out[name] = dict(none=int((targets[:, columns] < 0).sum()), same_token=int(is_same[:, columns].sum()))
+    targets[:, 1:][is_same[:, 1:]] = -1
+    return SpokenWords(table[:, 0], table[:, 1], targets, left_out)
+
+
+@torch.inference_mode()
+def lens_ranks(net, utterances, words, batch_tokens):
+    """The ranks (1: the first; equal logits share the last place) and ln p of words.targets in all layers.
+
+    Returns float32 [2, L + 1, n, targets]. Values of targets that are left out have no meaning.
+    """
+    L, device = net.config.num_hidden_layers, next(net.parameters()).device
+    found = np.empty((2, L + 1, *words.targets.shape), np.float32)
+    at_once = max(1, (1 << 24) // net.config.vocab_size)  # the logits of a whole batch could take gigabytes
+    for chosen, _, output in run_in_batches(net, spoken(net, utterances), batch_tokens):
+        row = np.full(len(utterances), -1)
+        row[chosen] = np.arange(len(chosen))
+        for part in torch.from_numpy(np.flatnonzero(row[words.utterance] >= 0)).split(at_once):
+            rows, positions = row[words.utterance[part]], words.position[part]
+            targets = torch.from_numpy(words.targets[part]).clamp(min=0).to(device)
+            for layer, hidden in enumerate(output.hidden):
+                x = hidden[rows, positions]                                       # [part, d]
+                logits = net.text_logits(x if layer == L else net.model.norm(x))  # [part, V]
+                wanted = logits.gather(1, targets)                                # [part, targets]
+                ranks = torch.stack([(logits >= column[:, None]).sum(1) for column in wanted.T], 1)
+                log_p = wanted - logits.logsumexp(1, keepdim=True)
+                found[:, layer, part] = torch.stack([ranks, log_p]).cpu().numpy()
+    return found
+
+
+def lens_rows(words, ranks, log_p, counts):
+    """A row for each of TARGETS in one layer. ranks, log_p [n, targets]; counts int64 [bootstrap, utterances]."""
+    rows, mrr, counts = [], {}, np.vstack([np.ones_like(counts[0]), counts])  # the first sample is the data itself
+    for name, columns in TARGETS.items():
+        kept = words.targets[:, columns] >= 0
+        ids, utterance = words.targets[:, columns][kept], words.utterance[kept.nonzero()[0]]
+        r, p = (x[:, columns][kept].astype(float) for x in (ranks, log_p))
+        weight = 1 / np.bincount(ids)[ids]  # each different token counts once
+        total, norm = (counts @ np.bincount(utterance, x, counts.shape[1]) for x in (weight / r, weight))
+        mrr[name] = total / norm  # of each sample
+        rows.append(dict(target=name, targets=len(r), tokens=len(np.unique(ids)), mrr=mrr[name][0],
+                         mrr_stderr=mrr[name][1:].std(), mrr_over_words=(1 / r).mean(), median_rank=np.median(r),
+                         top_1=100 * (r <= 1).mean(), top_10=100 * (r <= 10).mean(), log_p=p.mean()))
+    for row in rows:  # both terms of the difference come from the same samples
+        gain = mrr[row["target"]] - mrr["permutation"]
+        row |= dict(gain=gain[0], gain_stderr=gain[1:].std())
+    return rows
+
+
+def lens(settings):
+    """How well spoken words can be read off as text in each layer. This is not in the paper.
+
+    The model reads utterances as speech alone. At the last unit of each word, the final norm and the text head turn
+    each layer's hidden state into a ranking of the text vocabulary. We look up the first text token of this word and,
+    for comparison, those of the word before, the word after, and random words of the data. A model that only knows how
+    frequent words are ranks all four alike. One that only knows the topic ranks the first three alike.
+
+    The score is the mean reciprocal rank (MRR): 1 if a token is always first, 0.1 if it is always tenth. Unlike a mean
+    rank or percentile, it does not depend on how far down a token is that is not found anyway. Each different token
+    counts once in it. Otherwise "the" alone could decide the result. All other columns are over words.
+    """
+    rows, models = [], {}
+    for model in open_models(settings, needs="speech"):
+        utterances = read_utterances(settings.data, model, settings)
+        if utterances[0].first_tokens is None:
+            raise ValueError(f"--corpus={settings.corpus}: lens needs the text tokens of a paired data set")
+        words = spoken_words(utterances, settings.permutations, settings.seed)
+        found = lens_ranks(model.net, utterances, words, settings.batch_tokens)
+        counts = bootstrap_counts(np.random.default_rng(settings.seed), len(utterances), settings.bootstrap)
+        for layer, (ranks, log_p) in enumerate(zip(*found)):
+            rows += [dict(model=model.name, layer=layer, **row) for row in lens_rows(words, ranks, log_p, counts)]
+        models[model.name] = dict(checkpoint=str(model.folder), utterances=len(utterances), words=len(words.position),
+                                  left_out=words.left_out)
+        for name in TARGETS:
+            print(f"{model.name}, {name}: MRR in layers 0 to L:", *(f"{row['mrr']:.4f} ± {row['mrr_stderr']:.4f}"
+                  for row in rows if (row["model"], row["target"]) == (model.name, name)))
+    return rows, dict(models=models, rows=rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the command line. A command takes the settings and returns (rows of the csv file, results for the json file).
 
-COMMANDS = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling)
+COMMANDS = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling,
+                lens=lens)
 
 
 def save(command, settings, rows, results):
@@ -670,7 +786,8 @@ def check(settings):
                  scale=(settings.scale >= 0 and settings.scale.bit_count() < 2, "0 or a power of 2"),
                  max_rank=(settings.max_rank >= 4, "4 or more"),
                  clip=(0 < settings.clip <= 1, "a number above 0, up to 1"))
-    for key in ("batch_tokens", "utterances", "drawn_units", "words", "points", "batches", "components", "bootstrap"):
+    for key in ("batch_tokens", "utterances", "drawn_units", "words", "points", "batches", "components", "bootstrap",
+                "permutations"):
         rules[key] = getattr(settings, key) >= 1, "1 or more"
     for key, (holds, remedy) in rules.items():
         if not holds:

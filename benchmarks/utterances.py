@@ -29,6 +29,7 @@ class Utterance(NamedTuple):
     offsets: np.ndarray         # int64 [words + 1]: word i is units[offsets[i]:offsets[i + 1]]
     starts: np.ndarray | None   # float64 [n + 1]: times in seconds at which units start, and the end of the last one
     ends: np.ndarray | None     # float64 [words]: times in seconds at which words end; None: with their last units
+    first_tokens: np.ndarray | None = None  # int64 [words]: the first text token of each word; None: not known
 
     def boundaries(self):
         """Indices of the units that begin a word, int64. The first unit is not among them."""
@@ -69,7 +70,7 @@ def read_paired(folder, model, settings):
                 piece, starts = units[offsets[0]:offsets[-1]], None
                 if durations is not None:
                     starts = np.append(0, np.cumsum(durations[piece] / shard.meta["speech"]["rate"]))
-                yield Utterance(piece, words, offsets - offsets[0], starts, None)
+                yield Utterance(piece, words, offsets - offsets[0], starts, None, ids[edges[:-1]])
                 first = last
 
 

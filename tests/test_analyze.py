@@ -188,6 +188,7 @@ def world(tmp_path_factory, demo_folder):
                              "n_units": meta["speech"]["n_units"], "initializer_range": 0.3}))
     for parameter in net.layer_selector.parameters():  # a new selector gives all layers the same weight
         torch.nn.init.normal_(parameter)
+    torch.nn.init.uniform_(net.model.norm.weight, 0.3, 3)  # so that the norm changes what was already normed
     save_pretrained(net, folder)
     for name in ("tokenizer.json", "units/units.json"):
         shutil.copy(demo_folder / name, folder)
@@ -327,6 +328,99 @@ def test_dimension_and_overlap(world, tmp_path):
         assert float(row["low"]) <= float(row["share"]) <= float(row["high"])
 
 
+def lens_by_hand(net, test, drawn):
+    """[(layer, target, document, token, rank, ln p)], one document and one word at a time, from a sorted vocabulary.
+
+    drawn: the random targets of the words that have units, with -1 for those that are left out.
+    """
+    found, drawn, V = [], iter(drawn), net.config.vocab_size
+    for i in range(test.meta["documents"]):
+        ids, units, text_words, speech_words = test.document(i)
+        hidden = net(torch.from_numpy(np.append(net.config.speech_eos, units[:-1] + V))[None]).hidden
+        tokens = ids[text_words[:-2]].tolist()  # all but the EOS
+        for k, token in enumerate(tokens):
+            if speech_words[k] == speech_words[k + 1]:
+                continue
+            wanted = dict(before=tokens[:k][-1:], after=tokens[k + 1:][:1], permutation=next(drawn))
+            pairs = [("this", token), *((name, t) for name in wanted for t in wanted[name] if t not in (-1, token))]
+            for layer, states in enumerate(hidden):
+                x = states[0, speech_words[k + 1]]  # not one earlier, because the speech EOS comes first
+                log_p = net.text_logits(net.model.norm(x) if layer < 3 else x).log_softmax(-1)
+                order = log_p.argsort(descending=True).tolist()
+                found += [(layer, name, i, t, order.index(t) + 1, float(log_p[t])) for name, t in pairs]
+    return found
+
+
+@torch.inference_mode()
+def test_lens(world, tmp_path):
+    rows, _ = run(world, "lens", tmp_path, bootstrap=8, batch_tokens=300)
+    model, c = opened(world)
+    test, utterances = open_set(world[1] / "test"), analyze.read_utterances(world[1] / "test", model, c)
+    drawn = analyze.spoken_words(utterances, 5, seed=1).targets[:, 3:].tolist()
+    by_hand = lens_by_hand(model.net, test, drawn)
+    draws = analyze.bootstrap_counts(np.random.default_rng(1), test.meta["documents"], 8)
+    for layer in range(4):
+        means = {}  # of each target in each bootstrap sample
+        for name, target in dict(permutation="permutation", this="this word", before="word before",
+                                 after="word after").items():
+            document, token, rank, log_p = np.array([x[2:] for x in by_hand if x[:2] == (layer, name)]).T
+            [row] = figures.select(rows, layer=str(layer), target=target)
+            row = {key: float(value) for key, value in row.items() if key not in ("model", "target")}
+            of_tokens = [np.mean(1 / rank[token == t]) for t in set(token)]
+            assert (row["targets"], row["tokens"]) == (len(rank), len(of_tokens))
+            assert row["mrr"] == pytest.approx(np.mean(of_tokens), rel=1e-3)
+            weight, means[name] = np.array([1 / (token == t).sum() for t in token]), []
+            for draw in draws:
+                chosen = np.concatenate([np.flatnonzero(document == i) for i in np.repeat(range(len(draw)), draw)])
+                means[name].append(np.average(1 / rank[chosen], weights=weight[chosen]))
+            assert row["mrr_stderr"] == pytest.approx(np.std(means[name]), rel=0.01)
+            gains = np.subtract(means[name], means["permutation"])
+            assert row["gain_stderr"] == pytest.approx(np.std(gains), rel=0.01, abs=1e-9)
+            expected = dict(mrr_over_words=np.mean(1 / rank), median_rank=np.median(rank), log_p=log_p.mean(),
+                            top_1=100 * np.mean(rank < 2), top_10=100 * np.mean(rank < 11))
+            assert {key: row[key] for key in expected} == pytest.approx(expected, rel=0.01)
+
+
+def test_lens_targets_are_those_of_the_neighbours():
+    """A word without units is not looked at, but it is a neighbour. Equal neighbours and the ends are left out."""
+    first, second = spoken([2, 0, 3, 1]), spoken([1, 1])
+    utterances = [first._replace(first_tokens=np.array([5, 6, 7, 7])), second._replace(first_tokens=np.array([8, 5]))]
+    words = analyze.spoken_words(utterances, 40, seed=0)
+    assert words.utterance.tolist() == [0, 0, 0, 1, 1] and words.position.tolist() == [2, 5, 6, 1, 2]
+    assert words.targets[:, :3].tolist() == [[5, -1, 6], [7, 6, -1], [7, -1, -1], [8, -1, 5], [5, 8, -1]]
+    own, drawn = words.targets[:, :1], words.targets[:, 3:]
+    assert [set(row) for row in drawn.tolist()] == [{-1, 7, 8}, {-1, 5, 8}, {-1, 5, 8}, {-1, 5, 7}, {-1, 7, 8}]
+    assert (np.sort(np.where(drawn < 0, own, drawn), axis=0) == np.sort(own, axis=0)).all()  # each is a permutation
+    assert words.left_out == {
+        "words without units": 1, "word before": dict(none=2, same_token=1), "word after": dict(none=2, same_token=1),
+        "permutation": dict(none=0, same_token=(drawn < 0).sum())}
+
+
+def test_lens_finds_words_where_they_are_planted(tmp_path):
+    """Word i is spoken as unit 0 and unit i. Layers 0 and 1 hold token i, and the last layer holds token i + 1."""
+    small = dict(vocab_size=12, hidden_size=12, intermediate_size=12, num_hidden_layers=2, n_units=12)
+    net = SmolTolk(Config(**{**SHAPE, **BASELINE, **small, "num_attention_heads": 1, "num_key_value_heads": 1}))
+    identity, last = torch.eye(12), net.model.layers[1].mlp
+    with torch.no_grad():
+        for layer in net.model.layers:  # they change nothing
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for linear in (net.model.embed_tokens, last.gate_proj, last.up_proj):
+            linear.weight.copy_(identity)
+        net.speech_embed.weight[:12] = identity
+        last.down_proj.weight.copy_(identity.roll(1, 0))  # from token i to token i + 1
+    save_pretrained(net, tmp_path / "planted")
+    documents = [[1 + (i + k) % 9 for k in range(n)] for i, n in enumerate([9, 5, 7, 2, 8, 3, 6, 9, 4])]
+    write_set(tmp_path / "set", "paired", [([[i] for i in ids], [[0, i] for i in ids]) for ids in documents],
+              SimpleNamespace(vocab_size=12, eos=0, hash="t"), dict(n_units=12, rate=25, hash="u"))
+    rows, _ = run((tmp_path / "planted", tmp_path), "lens", tmp_path, data=tmp_path / "set")
+    first = {target: [float(row["top_1"]) for row in figures.select(rows, target=target)] for target in analyze.TARGETS}
+    assert first["this word"] == [100, 100, 0] and first["word before"] == [0, 0, 0]
+    after = np.concatenate([ids[1:] for ids in documents])  # word 1 comes after word 9, which becomes token 10
+    assert first["word after"] == [0, 0, pytest.approx(100 * np.mean(after != 1), rel=1e-4)]
+    assert figures.column(figures.select(rows, target="this word"), "mrr").tolist()[:2] == [1, 1]
+
+
 def test_scaling(world, tmp_path):
     """Tokens and FLOPs at an evaluation are interpolated. The run was killed while it wrote its last line."""
     run_folder = tmp_path / "one"
@@ -358,6 +452,8 @@ def test_recordings_in_true_time(world, tmp_path):
     assert u.boundary_times() == pytest.approx(0.3 * np.arange(7) + 0.25)
     rows, _ = run(world, "segmentation", tmp_path / "out", data=tmp_path, val=tmp_path, **options)
     assert {int(row["true"]) for row in figures.select(rows, within="40 ms")} == {14}
+    with pytest.raises(SystemExit, match="--corpus=manifest: lens needs the text tokens of a paired data set"):
+        run(world, "lens", tmp_path / "out", data=tmp_path, **options)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -366,6 +462,8 @@ def test_recordings_in_true_time(world, tmp_path):
     (["overlap", "--words=500"], "0 subsequences of 500 words, too few for 5 batches"),
     (["weights", "--checkpoint={tmp}/last"], "last: has no layer selector"),
     (["overlap", "--checkpoint={tmp}/text"], "text: a text model; give a model that was trained on speech"),
+    (["lens", "--checkpoint={tmp}/text"], "text: a text model; give a model that was trained on speech"),
+    (["lens", "--permutations=0"], "permutations=0: give 1 or more"),
     (["scaling"], "log.jsonl: not there")])
 def test_errors_are_one_line(world, tmp_path, arguments, message):
     for name in ("last", "text"):

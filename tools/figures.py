@@ -285,6 +285,30 @@ def scaling(results):
     return figure
 
 
+def lens(results):
+    """The mean reciprocal rank of each target over layers, with a panel for each model."""
+    names, colours = list(results["models"]), [*COLOURS[:3], "0.4"]
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)  # of panels
+    figure = Figure(figsize=(max(7.5, 1 + 3.8 * columns), 1 + 3.4 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for axes, name in itertools.zip_longest(panels, names):
+        if name is None:  # the last line is not full
+            axes.remove()
+            continue
+        rows = select(results["rows"], model=name)
+        for colour, target in zip(colours, dict.fromkeys(row["target"] for row in rows)):
+            of_target = select(rows, target=target)
+            mrr, error = column(of_target, "mrr"), column(of_target, "mrr_stderr")
+            line_over_layers(axes, mrr, mrr - error, mrr + error, colour, target, target != "permutation")
+        axes.set(title=name, ylim=(0, None))
+    figure.supylabel("mean reciprocal rank of the first text token", fontsize=10)
+    figure.suptitle("logit lens: what the text head finds at the last unit of a spoken word (band: ± standard error)",
+                    fontsize=11)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the curves of a training run
 
@@ -351,7 +375,8 @@ def study_bars(rows, path):
     figure.savefig(path, dpi=110)
 
 
-FIGURES = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling)
+FIGURES = dict(segmentation=segmentation, weights=weights, dimension=dimension, overlap=overlap, scaling=scaling,
+               lens=lens)
 
 
 def main(argv):
