@@ -4,8 +4,8 @@ Make assets/tiny: two trained models of the tiny study in float16, and what one 
     python -m tools.assets --smoltolk=out/study_tiny/smoltolk-1 --baseline=out/study_tiny/baseline-1
 
 The folder holds weights, tokenizer.json and units.json of SmolTolk and of vocabulary expansion, the demo's units and
-held-out sets, and some held-out stories as sound, whole and without their last sentence. In float16 SmolTolk has the same
-Topic-Cloze scores as in float32; in bfloat16 it does not. This takes seconds.
+held-out sets, and some held-out stories as sound, whole and without their last sentence. In float16 SmolTolk has the
+Topic-Cloze scores that it has in float32; in bfloat16 it does not. This takes seconds.
 """
 import json
 import random
@@ -78,7 +78,8 @@ def main(argv):
             about = dict(number=number, words=words, ends=ends, opening=len(words) - n_last)
             (folder / f"stories/{number}.json").write_text(json.dumps(about))
         command = f"python -m tools.assets {' '.join(argv)}".strip()
-        (folder / "made.json").write_text(json.dumps(dict(command=command, runs=[c["smoltolk"], c["baseline"]]), indent=1))
+        made = dict(command=command, runs=[c["smoltolk"], c["baseline"]])
+        (folder / "made.json").write_text(json.dumps(made, indent=1))
     size = sum(path.stat().st_size for path in Path(c["out"]).rglob("*"))
     print(f"{c['out']}: {size / 1e6:.1f} MB")
 
