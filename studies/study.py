@@ -5,8 +5,10 @@ studies/tiny.py and studies/small/__main__.py name the runs of a study and call 
 train.py and one of evaluate.py, and both are printed before they start. In --out there are a folder <run>-<seed> for
 each run, and a file <run>-<seed>.txt with what it printed.
 
-study.md, study.csv, study.json and study.png hold the results: means and standard deviations over seeds, and leads with
-two p-values. One is over seeds (t-test), the other over items, for these very models (benchmarks/report.py).
+In --results a finished run leaves <run>-<seed>.json, with its scores and its answer to each item. From then on only
+pictures need the folder with its weights. study.md, study.csv, study.json and study.png hold the tables: means and standard
+deviations over seeds, and leads with two p-values. One is over seeds (paired t-test), the other over items, for these very
+models (benchmarks/report.py).
 """
 import csv
 import json
@@ -26,14 +28,16 @@ from scipy.stats import ttest_1samp
 
 from benchmarks import report
 from configurator import configure, nearest
+from runtime.files import replace_file
 
 runs = []                  # names of runs; []: all of the study
 seeds = [1, 2, 3]          # seeds of each run
-out = ""                   # folder for runs and results; default: out/study_<name>
+out = ""                   # folder for runs; default: out/study_<name>
+results = ""               # folder for scores and tables; default: studies/results/<name>, or --out if that is set
 options = ""               # more options for every train.py, like "--device=cuda --compile=true"
 scoring = ""               # more options for every evaluate.py, like "--dtype=bfloat16"
 jobs = 1                   # runs to make at the same time; they share the cores
-DEFAULTS = dict(runs=runs, seeds=seeds, out=out, options=options, scoring=scoring, jobs=jobs)
+DEFAULTS = dict(runs=runs, seeds=seeds, out=out, results=results, options=options, scoring=scoring, jobs=jobs)
 
 OTHER_SCORES = ("BLIMP T", "BLIMP S", "MMLU")
 
@@ -65,7 +69,9 @@ def main(study, argv):
             raise SystemExit(f"runs: no {run} in study {study.name}; did you mean {nearest(run, study.runs)}?")
     if not c.seeds or c.jobs < 1:
         raise SystemExit(f"seeds={c.seeds}, jobs={c.jobs}: give at least one seed, like [1], and at least one job")
+    as_planned = not (c.out or c.options or c.scoring)  # otherwise these are not the figures that the study stands for
     c.runs, c.out = c.runs or list(study.runs), Path(c.out or f"out/study_{study.name}")
+    c.results = Path(c.results or (f"studies/results/{study.name}" if as_planned else c.out))
 
     if not command:
         print_plan(study, c)
@@ -94,6 +100,8 @@ def print_plan(study, c):
 def commands_left(study, run, seed, c):
     """The commands that a run still needs, as lists of words: train.py and evaluate.py, only evaluate.py, or none."""
     folder = c.out / f"{run}-{seed}"
+    if record_of(run, seed, c).exists():
+        return []
     score = ["evaluate.py", f"--checkpoint={folder}", *as_options(study.evaluate), *shlex.split(c.scoring)]
     if (folder / "results.json").exists():
         return [score] if lacks_tasks(newest_scores(folder), study.evaluate) else []
@@ -106,6 +114,37 @@ def commands_left(study, run, seed, c):
 
 def finished_seeds(study, run, c):
     return [seed for seed in c.seeds if not commands_left(study, run, seed, c)]
+
+
+def record_of(run, seed, c):
+    """The file with the scores of a finished run."""
+    return c.results / f"{run}-{seed}.json"
+
+
+def keep_scores(study, run, seed, c):
+    """Write the record of a finished run, unless there is one. Answers are digits: 2 right, 0 wrong, 1 a tie."""
+    folder, path = c.out / f"{run}-{seed}", record_of(run, seed, c)
+    if path.exists():
+        return
+    results, newest = json.loads((folder / "results.json").read_text()), newest_scores(folder)
+    scores, answers = json.loads(newest.read_text()), {}
+    for setting in report.SETTINGS:
+        right = np.load(report.item_path(newest, "topic_cloze", f"{setting}.right"))
+        answers[setting] = "".join(f"{2 * answer:.0f}" for answer in right)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record = dict(run=run, seed=seed, train=study.runs[run].train, options=c.options, scoring=c.scoring, commit=commit,
+                  processor=processor(), seconds=results.get("seconds"), flops=results["flops"],
+                  parameters=scores["parameters"], nll=results["nll"], other=other_scores(scores),
+                  scored={key: scores["made"]["topic_cloze"][key] for key in ("protocol", "files")}, answers=answers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(record, indent=1))
+
+
+def processor():
+    """The name of the processor, as Linux knows it, or ""."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def as_options(settings):
@@ -172,6 +211,8 @@ def make_run(study, run, seed, c, processes, stop):
             stop.set()
             raise SystemExit(f"{c.out}/{name}.txt: says why this command did not finish: "
                              f"{shlex.join(['python', *command])}")
+    if not left:
+        keep_scores(study, run, seed, c)
     return name
 
 
@@ -184,12 +225,12 @@ def start(command, **how):
 def make_pictures(study, c):
     """Let analyze.py draw the runs with the first seed. Figures of runs that are missing are left out."""
     finished = {run: f"{c.out}/{run}-{c.seeds[0]}" for run in study.runs
-                if not commands_left(study, run, c.seeds[0], c)}
+                if (c.out / f"{run}-{c.seeds[0]}/results.json").exists()}
     for command in study.pictures:
         try:
             words = [word.format(**finished) for word in shlex.split(command)]
         except KeyError as run:
-            print(f"left out, because run {run} is not finished: analyze.py {command}")
+            print(f"left out, because {c.out} has no finished run {run}: analyze.py {command}")
             continue
         if start(["analyze.py", *words, f"--out={c.out}/pictures"]).wait() != 0:
             raise SystemExit("analyze.py says above why this failed; the other figures were not begun")
@@ -203,7 +244,10 @@ def collect(study, c):
     leaders = {run: study.runs[run].leader for run in c.runs}
     results = {"": {}}  # {run: {seed: its results}}
     for run in [*leaders, *filter(None, leaders.values())]:
-        results[run] = {seed: read_run(c.out / f"{run}-{seed}") for seed in finished_seeds(study, run, c)}
+        results[run] = {}
+        for seed in finished_seeds(study, run, c):
+            keep_scores(study, run, seed, c)
+            results[run][seed] = read_record(record_of(run, seed, c))
     every = [result for by_seed in results.values() for result in by_seed.values()]
     for result in every:
         if result.scored != every[0].scored:
@@ -215,14 +259,11 @@ def collect(study, c):
     return rows
 
 
-def read_run(folder):
-    """The results of a finished run. right: {setting: answers to the items of Topic-Cloze, float64 [items]}."""
-    results, path = json.loads((folder / "results.json").read_text()), newest_scores(folder)
-    scores = json.loads(path.read_text())
-    right = {setting: np.load(report.item_path(path, "topic_cloze", f"{setting}.right")) for setting in report.SETTINGS}
-    scored = {key: scores["made"]["topic_cloze"][key] for key in ("protocol", "files")}
-    return SimpleNamespace(path=path, scored=scored, right=right, other=other_scores(scores), nll=results["nll"],
-                           flops=results["flops"], parameters=scores["parameters"])
+def read_record(path):
+    """The record of a finished run. right: {setting: answers to the items of Topic-Cloze, float64 [items]}."""
+    record = json.loads(path.read_text())
+    right = {setting: np.array([int(digit) / 2 for digit in digits]) for setting, digits in record["answers"].items()}
+    return SimpleNamespace(path=path, right=right, **record)
 
 
 def other_scores(scores):
@@ -274,7 +315,7 @@ def write_tables(rows, study, c):
     """Write study.json, .csv, .md and .png, and print the tables."""
     from tools import figures  # matplotlib takes a second to import
 
-    stem, path = c.out / "study", c.out / "before.json"
+    stem, path = c.results / "study", c.out / "before.json"
     before = other_scores(json.loads(path.read_text())) if path.exists() else {}
     contents = dict(study=study.name, seeds=c.seeds, before=before, rows=rows)
     stem.with_suffix(".json").write_text(json.dumps(contents, indent=1))

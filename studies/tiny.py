@@ -7,8 +7,8 @@ The paper's claim on the tiny run: SmolTolk and vocabulary expansion on the same
     python -m studies.tiny tables           tables and a figure of the finished runs
     python -m studies.tiny pictures         the figures of analyze.py for the first seed
 
-A run that was cut off continues from its checkpoint. The results are study.md, study.csv, study.json and study.png in
-out/study_tiny, and the folder pictures there.
+A run that was cut off continues from its checkpoint. Runs are in out/study_tiny. The scores of finished ones and the
+tables are in studies/results/tiny, a part of this repository. With --out=FOLDER all runs are made anew.
 """
 import sys
 

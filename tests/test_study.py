@@ -2,6 +2,7 @@
 import csv
 import json
 import shlex
+import shutil
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -60,6 +61,20 @@ def test_tables_hold_means_over_seeds_leads_and_p_values(tmp_path):
     assert [lead["mean"], lead["p_items"]] == pytest.approx([wrong / 4, binomtest(0, wrong).pvalue])
     assert lead["p_seeds"] is None and f" | {wrong / 4:.1f} (<0.001) | " in (tmp_path / "study.md").read_text()
     assert float(list(csv.DictReader(open(tmp_path / "study.csv")))[7]["accuracy"]) == scores["ours"][1]
+
+
+def test_records_stand_for_finished_runs(tmp_path, started):
+    """Tables come from the records alone. A run with a record is not made again, also not one with ties."""
+    settings = [f"--out={tmp_path / 'runs'}", f"--results={tmp_path / 'kept'}", "--seeds=[1]"]
+    finish(tmp_path / "runs/ours-1", (1.0, 0.5, 0.0))
+    finish(tmp_path / "runs/theirs-1", (0.0, 0.5, 0.5))
+    study.main(STUDY, ["tables", *settings])
+    first = (tmp_path / "kept/study.json").read_text()
+    shutil.rmtree(tmp_path / "runs")
+    study.main(STUDY._replace(before={}), ["run", *settings])
+    assert not started and (tmp_path / "kept/study.json").read_text() == first
+    cell = json.loads(first)["rows"][1]["settings"]["S"]
+    assert cell["mean"] == pytest.approx(100 / 3) and cell["lead"]["mean"] == pytest.approx(50 - 100 / 3)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ mkdir -p "$out"
 
 bench="python -m tools.bench"
 study="python -m studies.small"
-results="$out out/study_small"
+results="$out out/study_small studies/results"
 ablations='["no_input_adapter","no_output_adapter","no_adapters","no_layer_pooling","no_dynamic_pooling","no_residual"]'
 options=(--seeds=[1,2,3])
 if [ "${MINIATURE:-}" ]; then
@@ -108,7 +108,7 @@ case "${1:-}" in
     [ "${MINIATURE:-}" ] || run_study [1] '["smoltolk_300m","baseline_300m"]'
     ;;
 pack)
-    mkdir -p "$out/pieces" out/study_small
+    mkdir -p "$out/pieces" out/study_small studies/results
     rm -f "$out"/pieces/*
     find $results -path "$out/pieces" -prune -o -type f ! -name '*.safetensors' -print |
         tar czf - -T - | split -b 60M - "$out/pieces/results.tar.gz."

@@ -8,8 +8,8 @@ The paper in small, for one GPU: SmolLM2-135M becomes SmolTolk-150M, and a vocab
     python -m studies.small pictures        Table 3 and Figures 2 to 5, for the first seed
 
 studies/small/README.md has the whole recipe, beginning with the data. The runs have not been made, because we had a
-GPU for only fifteen minutes. A run that was cut off continues from its checkpoint. The results are study.md, study.csv,
-study.json and study.png in out/study_small, and the folder pictures there.
+GPU for only fifteen minutes. A run that was cut off continues from its checkpoint. Runs and pictures are in
+out/study_small. The scores of finished runs and the tables are in studies/results/small.
 """
 import sys
 
