@@ -6,9 +6,9 @@ train.py and one of evaluate.py, and both are printed before they start. In --ou
 each run, and a file <run>-<seed>.txt with what it printed.
 
 In --results a finished run leaves <run>-<seed>.json, with its scores and its answer to each item. From then on only
-pictures need the folder with its weights. study.md, study.csv, study.json and study.png hold the tables: means and standard
-deviations over seeds, and leads with two p-values. One is over seeds (paired t-test), the other over items, for these very
-models (benchmarks/report.py).
+pictures need the folder with its weights. study.md, study.csv, study.json and study.png hold the tables: means and
+standard deviations over seeds, and leads with two p-values. One is over seeds (paired t-test), the other over items,
+for these very models (benchmarks/report.py).
 """
 import csv
 import json
