@@ -47,39 +47,62 @@ def write_set(folder, kind, documents, tokenizer=None, units=None, source=""):
     if (tokenizer and tokenizer.vocab_size > 1 << 16) or (units and units["n_units"] >= 1 << 16):
         raise DataError(f"{folder}: ids are kept in 16 bits: at most 65536 of a tokenizer and 65535 units")
     eos = {"text": tokenizer.eos if tokenizer else None, "speech": units["n_units"] if units else None}
-    tokens = {stream: [] for stream in streams}       # one array for each document
-    word_sizes = {stream: [0] for stream in streams}  # tokens of each word, over all documents
-    starts = [0]
-    for document in documents:
-        for stream, words in zip(streams, document if paired else [[document]], strict=True):
-            words = [np.asarray(word, np.uint16) for word in [*words, [eos[stream]]]]
-            tokens[stream].append(np.concatenate(words))
-            word_sizes[stream] += [len(word) for word in words]
-        if paired:
-            assert len(document[0]) == len(document[1]), "a paired document needs as many spoken words as written ones"
-        starts.append(starts[-1] + len(words if paired else tokens[kind][-1]))
-    if len(starts) == 1:
-        raise DataError(f"{folder}: not one document to write")
-
-    arrays = {stream: np.concatenate(tokens[stream]) for stream in streams}
-    arrays["documents"] = np.array(starts, np.int64)
-    meta = dict(format=FORMAT, kind=kind, source=source, documents=len(starts) - 1)
-    if paired:
-        for stream in streams:
-            arrays[f"{stream}_words"] = np.cumsum(word_sizes[stream], dtype=np.int64)
-        meta["words"] = starts[-1]
-    if "text" in streams:
-        meta["text"] = dict(tokens=len(arrays["text"]), vocab_size=tokenizer.vocab_size, eos=tokenizer.eos,
-                            tokenizer=tokenizer.hash)
-    if "speech" in streams:
-        meta["speech"] = dict(tokens=len(arrays["speech"]), n_units=units["n_units"], rate=units["rate"],
-                              vocabulary=units["hash"])
     with whole_folder(folder) as new:
-        for name, array in arrays.items():
-            np.save(new / f"{name}.npy", array)
+        arrays = {stream: GrowingArray(new / f"{stream}.npy", np.uint16) for stream in streams}
+        offsets = {stream: GrowingArray(new / f"{stream}_words.npy", np.int64, [0]) for stream in streams if paired}
+        starts = GrowingArray(new / "documents.npy", np.int64, [0])
+        for document in documents:
+            for stream, words in zip(streams, document if paired else [[document]], strict=True):
+                words = [np.asarray(word, np.uint16) for word in [*words, [eos[stream]]]]
+                if paired:
+                    offsets[stream].append(len(arrays[stream]) + np.cumsum([len(word) for word in words]))
+                arrays[stream].append(np.concatenate(words))
+            if paired:
+                assert len(document[0]) == len(document[1]), "a paired document needs as many spoken as written words"
+            starts.append([len(offsets["text"]) - 1 if paired else len(arrays[kind])])
+        for array in (*arrays.values(), *offsets.values(), starts):
+            array.close()
+        if len(starts) == 1:
+            raise DataError(f"{folder}: not one document to write")
+        meta = dict(format=FORMAT, kind=kind, source=source, documents=len(starts) - 1)
+        if paired:
+            meta["words"] = len(offsets["text"]) - 1
+        if "text" in streams:
+            meta["text"] = dict(tokens=len(arrays["text"]), vocab_size=tokenizer.vocab_size, eos=tokenizer.eos,
+                                tokenizer=tokenizer.hash)
+        if "speech" in streams:
+            meta["speech"] = dict(tokens=len(arrays["speech"]), n_units=units["n_units"], rate=units["rate"],
+                                  vocabulary=units["hash"])
         meta["sha256"] = checksum(new, meta)
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta
+
+
+class GrowingArray:
+    """A 1-D array in an .npy file that is written piece by piece, so that it need not fit into memory."""
+
+    def __init__(self, path, dtype, first=()):
+        self.file, self.dtype, self.length = open(path, "wb"), np.dtype(dtype), 0
+        self.write_header()
+        self.append(first)
+
+    def __len__(self):
+        return self.length
+
+    def write_header(self):
+        # numpy leaves room in the header for any length, so it can be written again when the length is known.
+        header = dict(descr=np.lib.format.dtype_to_descr(self.dtype), fortran_order=False, shape=(self.length,))
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, values):
+        array = np.asarray(values, self.dtype)
+        self.file.write(array.tobytes())
+        self.length += len(array)
+
+    def close(self):
+        self.file.seek(0)
+        self.write_header()
+        self.file.close()
 
 
 def checksum(folder, meta):
