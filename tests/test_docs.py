@@ -1,6 +1,8 @@
 """README and docs: what they link to and name is there."""
+import ast
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = json.loads((ROOT / "docs/walkthrough.ipynb").read_text())
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("studies/**/*.md")])
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -71,3 +74,41 @@ def test_the_first_conversation(tmp_path, monkeypatch, capsys):
         expected, _, shortened = answer.removeprefix("# ").partition(" [...]")
         printed = "".join(capsys.readouterr()).strip()
         assert any(line.strip().startswith(expected) for line in printed.splitlines()), printed
+
+
+def sources(kind):
+    return ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_notebook_imports_names_that_exist():
+    ours = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
+    found = 0
+    for source in sources("code"):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in ours:
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    is_module = hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert is_module or hasattr(module, alias.name), f"{node.module}.{alias.name}"
+                    found += 1
+    assert found > 10
+
+
+def test_the_notebook_was_run_without_faults_and_names_no_folders_of_a_machine():
+    for number, cell in enumerate(NOTEBOOK["cells"]):
+        if cell["cell_type"] == "code":
+            assert cell["execution_count"], f"cell {number} was not run; python -m tools.walkthrough"
+            for output in cell["outputs"]:
+                assert output["output_type"] != "error" and output.get("name") != "stderr", number
+                readable = {key: text for key, text in output.get("data", {}).items() if key == "text/plain"}
+                shown = json.dumps([output.get("text"), readable])
+                assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|opt|mnt|work|content|Users)/", shown), number
+    page = (ROOT / "docs/walkthrough.html").read_text()
+    assert "<script" not in page and str(ROOT) not in page
+
+
+def test_the_notebook_links_to_files_that_exist():
+    links = [link for source in sources("markdown") for link in re.findall(r"\]\(([^)\s]+)\)", source)]
+    assert links
+    for link in links:
+        assert link.startswith("http") or (ROOT / "docs" / link).exists(), link
