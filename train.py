@@ -560,7 +560,7 @@ def open_data(c, world):
     if not c.tokenizer:  # a demo corpus would have one, but none is set
         raise SystemExit("tokenizer: not set; name a config, for example: python train.py config/train_tiny.py")
     if c.demo:
-        on_first(lambda: importlib.import_module("corpora.demo").make(c.demo), world)  # returns at once if it exists
+        on_first(lambda: importlib.import_module("corpora.demo").find_or_make(c.demo), world)
     on_first(lambda: [local_folder(name) for name in (c.tokenizer, c.units, c.init_from)], world)  # one downloads
     tokenizer, units, units_json = Tokenizer(c.tokenizer), {}, Path(local_folder(c.units)) / "units.json"
     files = {"tokenizer.json": Path(local_folder(c.tokenizer)).read_bytes()}

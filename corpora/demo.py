@@ -378,10 +378,10 @@ def reuse(out, parameters):
     try:
         about = read_json(out / "demo.json")
     except ValueError:
-        raise SystemExit(f"{out} exists and is not a finished demo: remove it or choose another --out") from None
+        raise SystemExit(f"{out} exists and is not a finished demo: remove it or name another folder") from None
     differing = [key for key in parameters if about["parameters"].get(key) != parameters[key]]
     if differing:
-        raise SystemExit(f"{out} was made with another {', '.join(differing)}: remove it or choose another --out")
+        raise SystemExit(f"{out} was made with another {', '.join(differing)}: remove it or name another folder")
     return about
 
 
@@ -426,6 +426,21 @@ def make(
         if not out.exists():
             raise
         return reuse(out, parameters)  # another process, which began at the same time, was faster
+    return about
+
+
+def find_or_make(folder):
+    """Return the demo.json of the demo that a training run asks for, which is made first if the folder is missing.
+
+    A demo that was made with other parameters is used as it is, and they are printed. Raises SystemExit as make() does.
+    """
+    if not Path(folder).exists():
+        return make(folder)
+    about = reuse(Path(folder), dict(version=VERSION))
+    defaults = {name: parameter.default for name, parameter in inspect.signature(make).parameters.items()}
+    changed = {name: value for name, value in about["parameters"].items() if defaults.get(name, value) != value}
+    if changed:
+        print(f"{folder}: made with {', '.join(f'{name}={value}' for name, value in changed.items())}")
     return about
 
 
