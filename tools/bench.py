@@ -14,7 +14,8 @@ files are needed. The parts are:
     score       log-likelihoods of pairs of sentences that begin alike, in batches and one sentence at a time
     generate    100 text tokens after a prompt of 100, with a KV cache and without. Each token needs all weights of the
                 backbone, so memory bandwidth sets an upper bound.
-    data        making batches in one thread, and opening a set of 10 billion tokens
+    data        making batches in one thread; opening a set of 10 billion tokens that is not in memory, with the memory
+                that this takes and how much the disk reads ahead
 
 On two CPU cores --what=train takes two minutes for train_150m, and more with torch.compile. The other parts take less.
 
@@ -27,7 +28,9 @@ and bench.json.
 import copy
 import itertools
 import json
+import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -161,8 +164,8 @@ def make_model(c, world):
 
 def choose_dtype(c, world, folder):
     """The name of the dtype that train.py chooses for these settings."""
-    if c.dtype != "auto":
-        return c.dtype
+    if c.dtype != "auto" or c.what == "data":  # making batches multiplies no matrices
+        return "float32" if c.dtype == "auto" else c.dtype
     sources = dict.fromkeys(("text", "speech", "interleaved"), open_source("interleaved", [folder]))
     dtype = train.choose_dtype(c, make_model(c, world), SimpleNamespace(train=sources), world)
     return str(dtype).removeprefix("torch.")
@@ -337,21 +340,42 @@ def bench_data(c, other, world, folder):
         for _ in range(n_steps):
             make_micro_batches(next(numbers), dict.fromkeys(kinds, source), stage, 0, settings, config, ALONE)
 
-    large = folder.parent / "large"  # its tokens are a sparse file of zeros, which takes no room on the disk
-    large.mkdir()
-    documents = np.linspace(0, LARGE, 1_000_001).astype(np.int64)
-    np.save(large / "documents.npy", documents)
-    np.lib.format.open_memmap(large / "text.npy", "w+", np.uint16, (LARGE,))
-    text = dict(tokens=LARGE, vocab_size=c.vocab_size, eos=0)
-    meta = dict(format=FORMAT, kind="text", documents=len(documents) - 1, text=text)
-    (large / "meta.json").write_text(json.dumps(meta))
-
+    # Each repetition opens a new set, none of which is in memory yet.
+    large = (write_large_set(folder.parent / f"large-{i}", c.vocab_size) for i in range(c.warmup + c.steps))
+    large = iter([*large])
     kinds = ["text", "speech", "interleaved"]
     cases = {"interleaved": Case([partial(draw, kinds[2:], 32, 20, "interleaved", folder)], 32 * 20),
              "mixed": Case([partial(draw, kinds, 48, 20, "interleaved", folder)], 48 * 20)}
-    opening = {"open and draw 32": Case([partial(draw, ["text"], 32, 1, "text", large)], 32)}
-    return {"sequences": measure("data", cases, c, ALONE.device),
-            f"{LARGE:.0e} tokens": measure("data: a large set, slow on a slow disk", opening, c, ALONE.device)}
+    opening = {"open and draw 32": Case([lambda: draw(["text"], 32, 1, "text", next(large))], 32)}
+    results, before = {"sequences": measure("data", cases, c, ALONE.device)}, memory_peak()
+    row = f"{LARGE:.0e} tokens, read-ahead {read_ahead(folder)}"
+    results[row] = measure("data: large sets", opening, c, ALONE.device)
+    results[row]["open and draw 32"]["peak_bytes"] = memory_peak() - before
+    return results
+
+
+def write_large_set(folder, vocab_size):
+    """A text set of LARGE tokens -> its folder. They are a sparse file of zeros, which takes no room on the disk."""
+    folder.mkdir()
+    documents = np.linspace(0, LARGE, 1_000_001).astype(np.int64)
+    np.save(folder / "documents.npy", documents)
+    np.lib.format.open_memmap(folder / "text.npy", "w+", np.uint16, (LARGE,))
+    text = dict(tokens=LARGE, vocab_size=vocab_size, eos=0)
+    meta = dict(format=FORMAT, kind="text", documents=len(documents) - 1, text=text)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def memory_peak():
+    """The most memory that this process has had so far, in bytes. It includes pages of mapped files."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_ahead(folder):
+    """How much the disk of a folder reads at least: "128 kB", or "not known"."""
+    device = os.stat(folder).st_dev
+    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    return f"{path.read_text().strip()} kB" if path.exists() else "not known"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
