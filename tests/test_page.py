@@ -24,7 +24,7 @@ def made(tmp_path_factory):
     path, before = tmp_path_factory.mktemp("page") / "page.html", Path.cwd()
     os.chdir(ROOT)
     try:
-        page.main(["--versus=assets/tiny/baseline", f"--out={path}"])
+        page.main(["--versus=assets/tiny/baseline", "--items=20", f"--out={path}"])
     finally:
         os.chdir(before)
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', path.read_text(), re.DOTALL)
@@ -77,6 +77,12 @@ def test_numbers_are_those_of_evaluate(made):
             np.testing.assert_allclose(ours, expected, atol=1e-3)
 
 
+def test_accuracy_is_that_of_evaluate(made):
+    for m, name in enumerate(("smoltolk", "baseline")):
+        for setting, scores in scores_of(name, range(20)).items():
+            assert made[1]["accuracy"]["right"][m][setting] == 100 * np.mean(scores[:, 0] > scores[:, 1])
+
+
 def test_contents(made):
     """Words, units and weights fit together; the switch is never scored; all else is."""
     assert made[0].stat().st_size < 5e6 and made[1]["models"] == ["SmolTolk", "vocabulary expansion"]
@@ -123,6 +129,8 @@ def test_in_a_browser(made, browser):
             assert right == ("yes" if expected[0] > expected[1] else "no")
         assert len(shown) == 8
 
+    accuracy = contents["accuracy"]["right"]
+    assert opened.locator("#all-table tr").all_inner_texts()[4] == f"S->T\t{accuracy[0]['S->T']}\t{accuracy[1]['S->T']}"
     opened.evaluate("document.getElementById('audio').play()")
     opened.wait_for_function("document.getElementById('audio').currentTime > 0.5")
     opened.wait_for_function("document.querySelector('.unit.on').dataset.unit > 2")

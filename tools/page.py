@@ -21,7 +21,7 @@ from benchmarks import report, storycloze
 from benchmarks.hear import check_units
 from configurator import configure
 from evaluate import DEFAULTS as EVALUATION
-from evaluate import newest_checkpoint
+from evaluate import newest_checkpoint, topic_cloze
 from model import from_pretrained, make_layout
 from runtime.checkpoint import demo_of, made_with
 from runtime.datasets import open_set
@@ -34,8 +34,10 @@ stories = "assets/tiny/stories"      # folder with NUMBER.flac and NUMBER.json; 
 data = ""                            # the paired set with these stories; "": the demo's test
 cloze = ""                           # Topic-Cloze set, whose item NUMBER is cut from the story; "": the demo's
 units = ""                           # folder of the speech units; "": the demo's
+items = 500                          # Topic-Cloze items for the table of both models; 0: no such table
 out = "page.html"                    # file to write
-DEFAULTS = dict(checkpoint=checkpoint, versus=versus, stories=stories, data=data, cloze=cloze, units=units, out=out)
+DEFAULTS = dict(checkpoint=checkpoint, versus=versus, stories=stories, data=data, cloze=cloze, units=units,
+                items=items, out=out)
 GUESSES = 4                          # most likely tokens that are shown at a switch to text
 
 
@@ -177,8 +179,18 @@ def collect(settings):
             tokens=name_symbols([*itertools.chain(*story.text)], config, tokenizer), turns=turns,
             endings=[tokenizer.decode(ending["text"]).strip() for ending in endings[1:]],
             views=[view(model, story, endings, tokenizer) for model in models]))
+    items = min(settings.items, cloze_set.meta["documents"] // 3)
+    answers = [topic_cloze(model, cloze_set, 512, range(items)) for model in models if items]
+    right = [{setting: 100 * values.mean() for setting, values in by_setting.items()} for by_setting in answers]
     return dict(models=[name_of(*pair) for pair in zip(models, folders)], layers=config.num_hidden_layers,
-                settings=report.SETTINGS, stories=shown)
+                settings=report.SETTINGS, stories=shown, accuracy=dict(items=items, right=right),
+                start=next((i for i, story in enumerate(shown) if models_differ(story["views"])), 0))
+
+
+def models_differ(views):
+    """Whether the models choose different endings in some setting. Such a story is shown first."""
+    chosen = [[np.mean(right) < np.mean(wrong) for right, wrong in view["race"].values()] for view in views]
+    return chosen.count(chosen[0]) < len(chosen)
 
 
 def main(argv):

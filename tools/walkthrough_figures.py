@@ -79,7 +79,8 @@ def masks(seen, within_run, ids, symbols):
     for axes, mask, title in zip(panels, (seen, within_run), ("backbone and output adapter", "input adapter")):
         axes.imshow(mask, cmap=ListedColormap(["none", GREY]), interpolation="nearest", zorder=1)
         colour_runs(axes, ids, symbols)
-        axes.set(title=title, ylabel="position that attends", xlabel="position that is attended to")
+        axes.set(title=f"{title} (dark: attends)", ylabel="position that attends",
+                 xlabel="position that is attended to\n(blue: text, orange: speech)")
 
 
 def bars(values, ids, symbols, label):
@@ -96,7 +97,7 @@ def word_knowledge(by_model):
     for (name, values), style, colour in zip(by_model.items(), ("o-", "s--"), (SMOLTOLK, GREY)):
         labels = ["z", "z'", *(f"c({layer})" for layer in range(1, len(values) - 1))]
         axes.plot(labels, values, style, color=colour, label=name)
-    axes.set(ylabel="same word, %", ylim=(0, 100))
+    axes.set(ylabel="nearest vector is\nthe same word, %", ylim=(0, 100))
     axes.legend()
 
 
@@ -120,8 +121,8 @@ def cloze(margins, accuracy):
         for shift, colour, (name, by_setting) in zip((-0.2, 0.2), (SMOLTOLK, GREY), values.items()):
             axes.bar(np.arange(4) + shift, by_setting.values(), 0.38, color=colour, label=name)
         axes.set_xticks(range(4), by_setting)
-    panels[0].set(title="this item: true minus wrong ending", ylabel="nats a symbol")
+    panels[0].set(title="this item: true minus wrong ending", ylabel="nats per symbol")
     panels[0].axhline(0, color="black", linewidth=1)
-    panels[1].set(title="several items", ylabel="% right")
+    panels[1].set(title="the first 100 items", ylabel="% right")
     panels[1].axhline(50, color="black", linestyle=":", linewidth=1)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
