@@ -37,6 +37,7 @@ from runtime.checkpoint import demo_of, made_with, newest
 from runtime.distributed import ALONE, World, all_sum, join_world, leave_world, on_first
 from runtime.files import digest, find_files, read_json
 from runtime.hub import local_folder
+from runtime.packing import pack_weights
 from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
@@ -325,6 +326,8 @@ def score_checkpoint(folder, settings, world, path):
     weights = [file for file in sorted(folder.glob("*.safetensors")) if file.stem != "optimizer"]
     training = read_json(folder / "train.json") if (folder / "train.json").exists() else {}
     n_text, n_speech = count_parameters(model)
+    if settings.dtype == "float32":
+        pack_weights(model, rows=settings.batch_tokens)
     results = dict(checkpoint=str(folder), sha256={file.name: digest(file) for file in weights},
                    parameters=n_text + n_speech if has_speech else n_text,
                    tokens=training.get("place", {}).get("tokens"), settings=vars(settings), processes=world.size,

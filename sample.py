@@ -34,6 +34,7 @@ from evaluate import newest_checkpoint
 from model import TEXT_ONLY, from_pretrained, new_cache
 from runtime.checkpoint import demo_of
 from runtime.devices import pick_device
+from runtime.packing import pack_weights
 from runtime.threads import share_cores
 from runtime.tokenizer import Tokenizer
 
@@ -49,7 +50,7 @@ units = ""                     # folder of the unit vocabulary that the checkpoi
 vocoder = ""                   # folder of a vocoder, for HuBERT units
 out = "answer.wav"             # sound file for speech, .wav or .flac
 device = "auto"                # "cuda", "cpu", "mps", or "auto" for the best one available
-dtype = "float32"              # or "bfloat16", "float16": half the memory, and faster on a GPU
+dtype = "float32"              # or "bfloat16", "float16", "int8" (8-bit weights, on a CPU): less memory, and faster
 compile = False                # torch.compile, on CUDA with CUDA graphs: starts minutes later, then runs faster
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, float, str, list)) and not k.startswith("_")}
@@ -216,8 +217,10 @@ def check_settings(c):
     if c.temperature < 0 or c.top_k < 0 or not 0 < c.top_p <= 1:
         raise ValueError(f"temperature={c.temperature}, top_k={c.top_k}, top_p={c.top_p}: the first two must not be"
                          f" negative, and top_p must be more than 0 and at most 1")
-    if c.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={c.dtype}: choose float32, bfloat16 or float16")
+    if c.dtype not in ("float32", "bfloat16", "float16", "int8"):
+        raise ValueError(f"dtype={c.dtype}: choose float32, bfloat16, float16 or int8")
+    if c.dtype == "int8" and (c.compile or pick_device(c.device) != "cpu"):
+        raise ValueError("dtype=int8: only on a CPU and without --compile; choose float32, bfloat16 or float16")
     if Path(c.out).suffix.lower() not in (".wav", ".flac") or not Path(c.out).parent.is_dir():
         raise ValueError(f"out={c.out}: give a name that ends in .wav or .flac, in an existing folder")
 
@@ -308,7 +311,9 @@ def main(argv):
             resynthesise(np.zeros(1, np.int64), vocabulary, vocoder)
     except (ValueError, RuntimeError) as error:  # RuntimeError: a package is missing
         raise SystemExit(str(error)) from None
-    model = model.to(device, getattr(torch, c.dtype)).eval()
+    model = model.to(device, torch.bfloat16 if c.dtype == "int8" else getattr(torch, c.dtype)).eval()
+    if not c.compile:
+        pack_weights(model, rows=len(openings), bits=8 if c.dtype == "int8" else None)
     share_cores(model)
     talk(c, model, openings, plan, tokenizer, vocabulary, vocoder)
 

@@ -157,6 +157,7 @@ def world(tmp_path, demo_folder, monkeypatch):
         return sum(values), sum(values) / len(values)
 
     monkeypatch.setattr(evaluate, "from_pretrained", lambda path: known)
+    monkeypatch.setattr(evaluate, "pack_weights", lambda model, rows: None)  # these models have no weights
     for module in (sblimp, storycloze):
         monkeypatch.setattr(module, "hear_files", hear_units)
     return SimpleNamespace(folder=folder, tmp=tmp_path, known=known, tokenizer=tokenizer, run=run, write=write,
@@ -434,6 +435,7 @@ def test_versus(world, monkeypatch):
     ours = world.run("blimp")[1]["right"]
     models = {"model": world.known, "other": Known(world.known.config, lambda targets: 4 - nll_of(targets))}
     monkeypatch.setattr(evaluate, "from_pretrained", lambda path: models[path.name])
+    monkeypatch.setattr(evaluate, "pack_weights", lambda model, rows: None)
     shutil.copytree(world.folder, world.tmp / "other")
     results, _ = world.run("blimp", f"--versus={world.tmp / 'other'}")
     theirs = np.load(world.tmp / "e.versus.items/blimp.right.npy")

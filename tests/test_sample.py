@@ -246,7 +246,7 @@ def test_ids_without_a_token_are_never_drawn():
     (["--to=text,text"], "two parts of text in a row"),
     (["--to=speech:0"], "--to=speech:0: 'speech:0' is not"),
     (["--top_p=0"], "top_p=0.0: .*top_p must be more than 0"),
-    (["--dtype=int8"], "dtype=int8: choose"),
+    (["--dtype=int4"], "dtype=int4: choose"),
     (["--out=@nowhere/answer.wav"], "nowhere/answer.wav: give a name .* in an existing folder"),
     (["--to=speech", "--units=@other"], "other: not the units that .*model was trained with"),
     (["--prompt=@few.json", "--checkpoint=@text"], "text: a text model"),

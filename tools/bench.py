@@ -19,11 +19,11 @@ files are needed. The parts are:
 
 On two CPU cores --what=train takes two minutes for train_150m, and more with torch.compile. The other parts take less.
 
---pair adds a model with other settings, and --reference=true transformers' Llama of the same shape on the same ids. The
-models take turns. Times are medians over --steps repetitions after --warmup. FLOPs are counted by model.forward_flops.
-`of peak` is the share of what large matrix products reach in the same run, `mfu` the share of what a known GPU's data
-sheet says. With torchrun, tokens/s counts all processes, and FLOPs and memory are those of one. The results are a table
-and bench.json.
+--pair adds a model with other settings, and --reference=true transformers' Llama of the same shape on the same ids, in
+training steps and generation. The models take turns. Times are medians over --steps repetitions after --warmup. FLOPs
+are counted by model.forward_flops. `of peak` is the share of what large matrix products reach in the same run, `mfu`
+the share of what a known GPU's data sheet says. With torchrun, tokens/s counts all processes, and FLOPs and memory are
+those of one. The results are a table and bench.json.
 """
 import copy
 import itertools
@@ -54,6 +54,7 @@ from runtime.datasets import FORMAT, write_set
 from runtime.devices import make_autocast, reuse_memory
 from runtime.distributed import ALONE, distribute, join_world, leave_world
 from runtime.log import utilisation
+from runtime.packing import pack_weights
 from runtime.tokenizer import Tokenizer
 
 what = "train,score,generate,data"  # the parts to measure
@@ -229,10 +230,7 @@ def step_of_smoltolk(c, world, model, stage):
 
 def step_of_llama(c, world, config):
     """The same for transformers' Llama on the same ids, compiled if ours is."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # only --reference needs it
-
-    shape = {key: getattr(config, key) for key in LLAMA} | dict(vocab_size=config.switch + 1)
-    llama = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).to(world.device)
+    llama = make_llama(config, config.switch + 1).to(world.device)
     optimizer = torch.optim.AdamW(llama.parameters(), betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
     net = torch.compile(llama) if c.compile else llama
     autocast = make_autocast(getattr(torch, c.dtype), world.device)
@@ -248,6 +246,14 @@ def step_of_llama(c, world, config):
         optimizer.zero_grad(set_to_none=True)
 
     return run
+
+
+def make_llama(config, vocab_size):
+    """transformers' Llama of the same shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # only --reference needs it
+
+    shape = {key: getattr(config, key) for key in LLAMA} | dict(vocab_size=vocab_size)
+    return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
 
 
 def bench_train(c, other, world, folder):
@@ -289,6 +295,7 @@ def profile_calls(calls, path, device):
 def bench_score(c, other, world, folder):
     """Sentences of 12 tokens, in pairs that differ in their last third, as in BLiMP."""
     model, rng = make_model(c, world).eval(), np.random.default_rng(0)
+    pack_weights(model, rows=512)  # as evaluate.py does
     sentences = rng.integers(1, c.vocab_size, (64, 12))
     sentences[1::2, :8] = sentences[::2, :8]
     sequences, spans = [[0, *sentence] for sentence in sentences.tolist()], [(1, 13)] * 64
@@ -302,26 +309,36 @@ def bench_score(c, other, world, folder):
 @torch.inference_mode()
 def bench_generate(c, other, world, folder):
     """Text tokens in one row, with the reading of the prompt and without, and the bound by memory bandwidth."""
-    device = world.device
-    model = make_model(c, world).to(getattr(torch, c.dtype)).eval()
+    device, dtype = world.device, getattr(torch, c.dtype)
+    model = make_model(c, world).to(dtype).eval()
+    backbone = [p for name, p in model.named_parameters() if not is_new(name)]
+    weights = torch.ones(sum(p.numel() for p in backbone), device=device, dtype=dtype)
+    if not c.compile:
+        pack_weights(model, rows=1)  # as sample.py does
     ids = torch.randint(1, c.vocab_size, (1, PROMPT + NEW), device=device)
 
     def pick(logits):
         return 1 + logits[:, 1:].argmax(-1)  # never EOS, whose id is 0
 
-    def with_cache(n):
+    def with_cache(model, n):
         tokens = sample.generate(model, ids[:, :PROMPT].tolist(), [("text", NEW)], pick, c.compile)
         list(itertools.islice(tokens, n))
 
     def without_cache():  # at half of the new tokens, for their mean length
         pick(sample.step(model, ids[:, :PROMPT + NEW // 2], cache=None, modality="text", speaks=False))
 
-    backbone = [p for name, p in model.named_parameters() if not is_new(name)]
-    weights = torch.ones(sum(p.numel() for p in backbone), device=device, dtype=backbone[0].dtype)
     cases = {"bound: all weights read once": Case([weights.sum], 1),
-             "with a cache": Case([partial(with_cache, NEW)], NEW),
-             "the first token": Case([partial(with_cache, 1)], 1),
+             "with a cache": Case([partial(with_cache, model, NEW)], NEW),
+             "the first token": Case([partial(with_cache, model, 1)], 1),
              "without a cache": Case([without_cache], 1)}
+    if device.type == "cpu" and not c.compile:
+        int8 = make_model(c, world).bfloat16().eval()
+        pack_weights(int8, rows=1, bits=8)
+        cases["8-bit weights"] = Case([partial(with_cache, int8, NEW)], NEW)
+    if c.reference:
+        llama = make_llama(model.config, model.config.vocab_size).to(device, dtype).eval()
+        cases["transformers"] = Case([partial(llama.generate, ids[:, :PROMPT], max_new_tokens=NEW, min_new_tokens=NEW,
+                                              do_sample=False)], NEW)
     results = measure("generate", cases, c, device)
     seconds = results["with a cache"]["seconds"] - results["the first token"]["seconds"]
     results["all but the first token"] = dict(seconds=seconds, per_second=(NEW - 1) / seconds)

@@ -1,0 +1,79 @@
+"""runtime/packing.py: the same model with packed weights, and with weights in 8 bits."""
+import copy
+
+import pytest
+import torch
+from test_sample import collect
+
+import sample
+from model import Config, SmolTolk
+from runtime import packing
+from runtime.packing import Int8Linear, PackedLinear, can_pack, pack_weights
+
+CONFIG = Config(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=1, n_units=20)
+needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this processor or torch packs no weights")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return SmolTolk(CONFIG).start_new_modules("release").eval()
+
+
+def logits(model):
+    """Those of both heads on a sequence of text and speech."""
+    ids = torch.tensor([[1, 2, 3, 321, 301, 302, 303, 321, 7, 8]])
+    with torch.inference_mode():
+        out = model(ids)
+        return torch.cat([model.text_logits(out.text)[0], model.speech_logits(out.speech)[0]], dim=1).float()
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [1, 512])
+def test_packed_weights_give_the_same(model, rows):
+    packed = copy.deepcopy(model)
+    pack_weights(packed, rows)
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 6 * 5  # k_proj and v_proj are small
+    torch.testing.assert_close(logits(packed), logits(model), rtol=1e-4, atol=1e-4)
+    plan, openings = [("text", 9), ("speech", 8), ("text", 7)], [[1, 2, 3], [301, 302, 303, 321]]
+    first = collect(model, openings, plan, lambda logits: logits.argmax(-1))
+    assert collect(packed, openings, plan, lambda logits: logits.argmax(-1)) == first
+
+
+def test_weights_in_8_bits(model):
+    half = copy.deepcopy(model).bfloat16()
+    int8 = copy.deepcopy(half)
+    pack_weights(int8, 1, bits=8)
+    layer, weight = int8.model.layers[0].mlp.up_proj, half.model.layers[0].mlp.up_proj.weight.float()
+    assert isinstance(layer, Int8Linear) and layer.weight.dtype == torch.int8
+    error = (layer.weight * layer.scale.float()[:, None] - weight).abs()
+    assert (error <= weight.abs().amax(1, keepdim=True) / 127 * (0.5 + 0.5)).all()  # rounding, and the scale's in bf16
+    ours, theirs = logits(int8), logits(half)
+    assert not torch.equal(ours, theirs) and (ours - theirs).norm() / theirs.norm() < 0.03
+
+
+def test_where_nothing_is_packed(model, monkeypatch):
+    """Small layers keep their weights, and so does a model for whose dtype there are no packed weights."""
+    small = SmolTolk(Config(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                            num_attention_heads=2, num_key_value_heads=1, n_units=20))
+    half = copy.deepcopy(model).half()
+    for unchanged in (small, half):
+        pack_weights(unchanged, 1)
+        assert not any(isinstance(module, PackedLinear) for module in unchanged.modules())
+        assert "text_logits" not in vars(unchanged)
+    monkeypatch.setattr(packing, "can_pack", lambda dtype: False)
+    pack_weights(model, 1)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    with pytest.raises(ValueError, match="int8: only on a CPU"):
+        pack_weights(copy.deepcopy(model), 1, bits=8)
+
+
+def test_talking_in_8_bits(monkeypatch, capsys):
+    box = sample.__file__.replace("sample.py", "assets/tiny")
+    command = [f"--checkpoint={box}/smoltolk", f"--prompt={box}/stories/29-opening.flac", f"--units={box}/units",
+               "--temperature=0", "--dtype=int8", "--device=cpu"]
+    sample.main(command)
+    assert "the crowd booed" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="dtype=int8: only on a CPU and without --compile"):
+        sample.main([*command, "--compile=true"])
