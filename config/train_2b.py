@@ -8,4 +8,4 @@ stages = dict(
                 warmup=100, decay=0.2),
     stage2=dict(steps=29_518, mixture=dict(text=1, speech=1, interleaved=1), train="all", learning_rate=1e-4),
 )
-micro_batch = 4  # 58 GB on a GPU by count. With 8 it is 78, or 70 with recompute = True, which leaves little room on 80.
+micro_batch = 4  # 58 GB on a GPU by count; with 8 it is 78, or 70 with recompute = True: too close to 80
