@@ -196,6 +196,8 @@ def attend(q, k, v, mask=None, runs=None):
     """
     if runs is not None:
         return attend_runs(*(t.flatten(0, 1) for t in (q, k, v)), runs, q.size(1)).view(q.shape)
+    if mask is None and can_use_blocks(q):
+        return attend_in_blocks(q, k, v)
     # In these two cases torch uses a memory-efficient kernel, which needs as many key heads as query heads.
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
@@ -215,6 +217,33 @@ def attend_runs(q, k, v, runs, longest):
         return varlen_attn(q, k, v, runs, runs, longest, longest, **CAUSAL, enable_gqa=True)
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # torch 2.11 needs H_kv = H here
     return varlen_attn(q, k, v, runs, runs, longest, longest, **CAUSAL)
+
+
+def can_use_blocks(q):
+    """Whether attend_in_blocks is faster than torch and its weights, which backward needs, fit into memory."""
+    B, T, H, _ = q.shape
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and T >= 256 and B * H * T * T <= 1 << 25
+
+
+def attend_in_blocks(q, k, v, size=256):
+    """Causal attention in bfloat16 on a CPU, for blocks of queries. q [B, T, H, head_dim]; k, v [B, T, H_kv, head_dim].
+
+    Forward and backward take 0.6 of the time of torch's own kernel, and a training step 0.85 (docs/speed.md). A block
+    meets only the keys that it can attend to, and the query heads that share a key head form one matrix.
+    """
+    B, T, H, head_dim = q.shape
+    H_kv, group = k.size(2), H // k.size(2)
+    q = (q * head_dim ** -0.5).view(B, T, H_kv, group, head_dim).permute(0, 2, 3, 1, 4)  # [B, H_kv, group, T, head_dim]
+    k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))                             # [B*H_kv, T, head_dim]
+    blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        block = q[:, :, :, start:end].reshape(B * H_kv, -1, head_dim)                    # [B*H_kv, group*n, head_dim]
+        later = torch.arange(end) > torch.arange(start, end)[:, None]                    # [n, end]
+        mask = torch.zeros_like(later, dtype=q.dtype).masked_fill(later, -torch.inf).repeat(group, 1)
+        weights = torch.baddbmm(mask, block, k[:, :end].transpose(1, 2)).softmax(-1)     # [B*H_kv, group*n, end]
+        blocks.append(torch.bmm(weights, v[:, :end]).view(B, H_kv, group, -1, head_dim))
+    return torch.cat(blocks, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H, head_dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
