@@ -268,6 +268,12 @@ def speak(job, codebook):
     return Recording(story, speaker, len(waveform) / SAMPLE_RATE, units)
 
 
+def draw_speakers(name, count, seed):
+    """Return the speakers of the first `count` stories of a set, as numbers in SPEAKERS."""
+    rng = random.Random(f"{seed} {name}")
+    return [rng.choice(DEMO_SPEAKERS) for _ in range(count)]
+
+
 def speak_all(sets, n_units, seed, workers):
     """Return ({name: list of Recording}, codebook) of {name: list of Story}. Neither depends on `workers`.
 
@@ -275,8 +281,7 @@ def speak_all(sets, n_units, seed, workers):
     """
     jobs, recordings = {}, {}
     for name, stories in sets.items():
-        rng = random.Random(f"{seed} {name}")
-        jobs[name] = [(story, rng.choice(DEMO_SPEAKERS)) for story in stories]
+        jobs[name] = list(zip(stories, draw_speakers(name, len(stories), seed)))
     with worker_environment(), multiprocessing.get_context("spawn").Pool(workers) as pool:
         frames, voices = zip(*pool.map(features, jobs["paired"][:FIT_ON], 8))
         codebook = fit_mel_units(frames, n_units, seed, voices=voices)

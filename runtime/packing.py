@@ -1,8 +1,8 @@
 """
 Faster matrix products on a CPU, for inference: weights in the layout that its kernels like, or in 8 bits.
 
-oneDNN multiplies by a weight that it has laid out itself 1.1 to 1.3 times as fast as torch's default, and a weight in 8
-bits is a quarter of the memory that a new token has to read (docs/speed.md). torch.compile uses the same operations.
+oneDNN multiplies faster by a weight that it has laid out itself (docs/speed.md). For each new token all weights are
+read from memory, and in 8 bits they are a quarter as large as in float32. torch.compile uses the same operations.
 """
 import torch
 from torch import nn

@@ -8,7 +8,6 @@ held-out sets, and some held-out stories as sound, whole and without their last 
 Topic-Cloze scores that it has in float32; in bfloat16 it does not. This takes seconds.
 """
 import json
-import random
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from configurator import configure
-from corpora.demo import DEMO_SPEAKERS, record, write_stories
+from corpora.demo import draw_speakers, record, write_stories
 from evaluate import newest_checkpoint
 from model import from_pretrained, save_pretrained
 from runtime.datasets import open_set
@@ -28,7 +27,7 @@ from speech.units import load_units
 smoltolk = "out/study_tiny/smoltolk-1"  # folder of a run
 baseline = "out/study_tiny/baseline-1"  # folder of a run
 demo = "data/demo"                      # the demo corpus that both were trained on
-stories = [29, 37, 39, 55]               # numbers of stories in the demo's test set
+stories = [29, 37, 39, 55]              # numbers of stories in the demo's test set
 out = "assets/tiny"                     # the folder to make
 DEFAULTS = dict(smoltolk=smoltolk, baseline=baseline, demo=demo, stories=stories, out=out)
 
@@ -48,8 +47,7 @@ def speak_again(demo, numbers):
     """
     parameters = read_json(demo / "demo.json")["parameters"]
     told = write_stories(sum(parameters[name] for name in ("test", "val", "train", "text")), parameters["seed"])
-    rng = random.Random(f"{parameters['seed']} test")
-    speakers = [rng.choice(DEMO_SPEAKERS) for _ in range(parameters["test"])]  # as in corpora.demo.speak_all
+    speakers = draw_speakers("test", parameters["test"], parameters["seed"])
     test, vocabulary = open_set(demo / "test"), load_units(demo / "units")
     for number in numbers:
         story = told[number]
@@ -64,7 +62,7 @@ def main(argv):
     c, _ = configure(DEFAULTS, argv, described_in=[__file__])
     demo = Path(c["demo"])
     if Path(c["out"]).exists():
-        shutil.rmtree(c["out"])
+        raise SystemExit(f"{c['out']}: exists already; remove it or choose another --out")
     with whole_folder(c["out"]) as folder:
         for name in ("smoltolk", "baseline"):
             copy_model(c[name], folder / name)

@@ -165,8 +165,10 @@ def make_model(c, world):
 
 def choose_dtype(c, world, folder):
     """The name of the dtype that train.py chooses for these settings."""
-    if c.dtype != "auto" or c.what == "data":  # making batches multiplies no matrices
-        return "float32" if c.dtype == "auto" else c.dtype
+    if c.dtype != "auto":
+        return c.dtype
+    if c.what == "data":  # nothing is multiplied, so there is nothing to choose
+        return "float32"
     sources = dict.fromkeys(("text", "speech", "interleaved"), open_source("interleaved", [folder]))
     dtype = train.choose_dtype(c, make_model(c, world), SimpleNamespace(train=sources), world)
     return str(dtype).removeprefix("torch.")
@@ -358,8 +360,7 @@ def bench_data(c, other, world, folder):
             make_micro_batches(next(numbers), dict.fromkeys(kinds, source), stage, 0, settings, config, ALONE)
 
     # Each repetition opens a new set, none of which is in memory yet.
-    large = (write_large_set(folder.parent / f"large-{i}", c.vocab_size) for i in range(c.warmup + c.steps))
-    large = iter([*large])
+    large = iter([write_large_set(folder.parent / f"large-{i}", c.vocab_size) for i in range(c.warmup + c.steps)])
     kinds = ["text", "speech", "interleaved"]
     cases = {"interleaved": Case([partial(draw, kinds[2:], 32, 20, "interleaved", folder)], 32 * 20),
              "mixed": Case([partial(draw, kinds, 48, 20, "interleaved", folder)], 48 * 20)}
