@@ -196,8 +196,10 @@ def attend(q, k, v, mask=None, runs=None):
     """
     if runs is not None:
         return attend_runs(*(t.flatten(0, 1) for t in (q, k, v)), runs, q.size(1)).view(q.shape)
-    if mask is None and can_use_blocks(q):
-        return attend_in_blocks(q, k, v)
+    if can_use_blocks(q, k):
+        return attend_in_blocks(q, k, v, mask)
+    if mask is not None and q.size(1) == 1 and q.device.type == "cpu":
+        return attend_once(q, k, v, mask)
     # In these two cases torch uses a memory-efficient kernel, which needs as many key heads as query heads.
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
@@ -219,29 +221,45 @@ def attend_runs(q, k, v, runs, longest):
     return varlen_attn(q, k, v, runs, runs, longest, longest, **CAUSAL)
 
 
-def can_use_blocks(q):
+def attend_once(q, k, v, mask):
+    """Attention of one position, as attend() does it: q [B, 1, H, head_dim] -> like q. mask [1 or B, 1, S].
+
+    The query heads that share a key head take the place of positions. torch's kernel for bfloat16 on a CPU then reads
+    each key once, not once a head, and takes a quarter of the time (docs/speed.md).
+    """
+    B, _, _, head_dim = q.shape
+    q, k, v = q.view(B, k.size(2), -1, head_dim), k.transpose(1, 2), v.transpose(1, 2)  # [B, H_kv, .., head_dim]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])                # [B, H_kv, H/H_kv, head_dim]
+    return y.reshape(B, 1, -1, head_dim)
+
+
+def can_use_blocks(q, k):
     """Whether attend_in_blocks is faster than torch and its weights, which backward needs, fit into memory."""
     B, T, H, _ = q.shape
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and T >= 256 and B * H * T * T <= 1 << 25
+    in_bfloat16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return in_bfloat16_on_cpu and T >= 256 and T == k.size(1) and B * H * T * T <= 1 << 25
 
 
-def attend_in_blocks(q, k, v, size=256):
-    """Causal attention in bfloat16 on a CPU, for blocks of queries. q [B, T, H, head_dim]; k, v [B, T, H_kv, head_dim].
+def attend_in_blocks(q, k, v, mask=None, size=256):
+    """attend() in bfloat16 on a CPU, for blocks of queries: q [B, T, H, head_dim]; k, v [B, T, H_kv, head_dim].
 
     Forward and backward take 0.6 of the time of torch's own kernel, and a training step 0.85 (docs/speed.md). A block
-    meets only the keys that it can attend to, and the query heads that share a key head form one matrix.
+    meets only the keys before its end, and the query heads that share a key head form one matrix.
     """
     B, T, H, head_dim = q.shape
     H_kv, group = k.size(2), H // k.size(2)
+    if mask is None:
+        mask = torch.ones(1, T, T, dtype=torch.bool, device=q.device).tril()             # causal
     q = (q * head_dim ** -0.5).view(B, T, H_kv, group, head_dim).permute(0, 2, 3, 1, 4)  # [B, H_kv, group, T, head_dim]
     k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))                             # [B*H_kv, T, head_dim]
     blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
         block = q[:, :, :, start:end].reshape(B * H_kv, -1, head_dim)                    # [B*H_kv, group*n, head_dim]
-        later = torch.arange(end) > torch.arange(start, end)[:, None]                    # [n, end]
-        mask = torch.zeros_like(later, dtype=q.dtype).masked_fill(later, -torch.inf).repeat(group, 1)
-        weights = torch.baddbmm(mask, block, k[:, :end].transpose(1, 2)).softmax(-1)     # [B*H_kv, group*n, end]
+        bias = torch.zeros_like(mask[:, start:end, :end], dtype=q.dtype)                 # [1 or B, n, end]
+        bias = bias.masked_fill(~mask[:, start:end, :end], -torch.inf).repeat(1, group, 1)
+        bias = bias.repeat_interleave(len(block) // len(bias), 0)                        # [B*H_kv, group*n, end]
+        weights = torch.baddbmm(bias, block, k[:, :end].transpose(1, 2)).softmax(-1)     # [B*H_kv, group*n, end]
         blocks.append(torch.bmm(weights, v[:, :end]).view(B, H_kv, group, -1, head_dim))
     return torch.cat(blocks, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H, head_dim)
 
@@ -261,14 +279,17 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask=None, runs=None, past=None):
         B, T, d = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.heads, d // self.heads), rope)
-        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, d // self.heads), rope)
-        v = self.v_proj(x).view(B, T, self.kv_heads, d // self.heads)
+        q, k, v = (t.view(B, T, -1, d // self.heads) for t in self.project(x))  # [B, T, heads, head_dim]
+        q, k = rotate(q, rope), rotate(k, rope)
         if past is not None:  # put the new keys and values into their slots, and attend to all slots
             keys, values, slots = past
             k, v = keys.index_copy_(1, slots, k), values.index_copy_(1, slots, v)
         y = attend(q, k, v, mask, runs)
         return self.o_proj(y.reshape(B, T, d))
+
+    def project(self, x):
+        """x [B, T, d] -> q [B, T, d], k and v [B, T, d_kv]. runtime/packing.py makes it one product."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -281,10 +302,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.project(x)
         if self.recompute:  # no matrix product is computed twice: recomputation stops at the input of down_proj
             return checkpoint(self.down, gate, up, use_reentrant=False, preserve_rng_state=False)
         return self.down(gate, up)
+
+    def project(self, x):
+        """x [B, T, d] -> gate and up, each [B, T, intermediate_size]."""
+        return self.gate_proj(x), self.up_proj(x)
 
     def down(self, gate, up):
         return self.down_proj(F.silu(gate) * up)

@@ -51,7 +51,7 @@ vocoder = ""                   # folder of a vocoder, for HuBERT units
 out = "answer.wav"             # sound file for speech, .wav or .flac
 device = "auto"                # "cuda", "cpu", "mps", or "auto" for the best one available
 dtype = "float32"              # or "bfloat16", "float16", "int8" (8-bit weights, on a CPU): less memory, and faster
-compile = False                # torch.compile, on CUDA with CUDA graphs: starts minutes later, then runs faster
+compile = False                # torch.compile, on CUDA with CUDA graphs: starts up to a minute later, then is faster
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, float, str, list)) and not k.startswith("_")}
 
@@ -219,8 +219,8 @@ def check_settings(c):
                          f" negative, and top_p must be more than 0 and at most 1")
     if c.dtype not in ("float32", "bfloat16", "float16", "int8"):
         raise ValueError(f"dtype={c.dtype}: choose float32, bfloat16, float16 or int8")
-    if c.dtype == "int8" and (c.compile or pick_device(c.device) != "cpu"):
-        raise ValueError("dtype=int8: only on a CPU and without --compile; choose float32, bfloat16 or float16")
+    if c.dtype == "int8" and pick_device(c.device) != "cpu":
+        raise ValueError("dtype=int8: only on a CPU; choose float32, bfloat16 or float16")
     if Path(c.out).suffix.lower() not in (".wav", ".flac") or not Path(c.out).parent.is_dir():
         raise ValueError(f"out={c.out}: give a name that ends in .wav or .flac, in an existing folder")
 
@@ -312,8 +312,7 @@ def main(argv):
     except (ValueError, RuntimeError) as error:  # RuntimeError: a package is missing
         raise SystemExit(str(error)) from None
     model = model.to(device, torch.bfloat16 if c.dtype == "int8" else getattr(torch, c.dtype)).eval()
-    if not c.compile:
-        pack_weights(model, rows=len(openings), bits=8 if c.dtype == "int8" else None)
+    pack_weights(model, rows=len(openings), bits=8 if c.dtype == "int8" else None)
     share_cores(model)
     talk(c, model, openings, plan, tokenizer, vocabulary, vocoder)
 

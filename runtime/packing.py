@@ -2,12 +2,17 @@
 Faster matrix products on a CPU, for inference: weights in the layout that its kernels like, or in 8 bits.
 
 oneDNN multiplies faster by a weight that it has laid out itself (docs/speed.md). For each new token all weights are
-read from memory, and in 8 bits they are a quarter as large as in float32. torch.compile uses the same operations.
+read from memory, and in 8 bits they are a quarter as large as in float32. Layers that read the same input become one
+product.
 """
+from weakref import WeakValueDictionary
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SMALL = 1 << 16  # weights with fewer numbers stay as they are, because packed ones take longer to call
+SAME_INPUT = dict(Attention=("q_proj", "k_proj", "v_proj"), MLP=("gate_proj", "up_proj"))  # see their project()
+packed_layers = WeakValueDictionary()  # {number: PackedLinear}
 
 
 def pack_weights(model, rows, bits=None):
@@ -21,17 +26,25 @@ def pack_weights(model, rows, bits=None):
     if bits == 8:
         if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
             raise ValueError("int8: only on a CPU; choose float32, bfloat16 or float16")
-        layer = Int8Linear
+        packed = Int8Linear
     elif weight.device.type == "cpu" and can_pack(weight.dtype):
-        layer = PackedLinear
+        packed = PackedLinear
     else:
         return
+    rows = max(rows, 16)  # the layout for 16 positions is no slower for one, and in float32 it is faster
+    for module in [*model.modules()]:
+        names = SAME_INPUT.get(type(module).__name__)
+        weights = [module.get_submodule(name).weight for name in names or ()]
+        if weights and sum(weight.numel() for weight in weights) >= SMALL:
+            module.project = Together(packed(torch.cat(weights), rows), [len(weight) for weight in weights]).forward
+            for name in names:
+                delattr(module, name)
     for module in [*model.modules()]:
         for name, child in [*module.named_children()]:
             if isinstance(child, nn.Linear) and child.bias is None and child.weight.numel() >= SMALL:
-                setattr(module, name, layer(child.weight, rows))
+                setattr(module, name, packed(child.weight, rows))
     if weight.numel() >= SMALL:
-        model.text_logits = layer(weight, rows).forward
+        model.text_logits = packed(weight, rows).forward
 
 
 def can_pack(dtype):
@@ -46,10 +59,26 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, rows):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.weight, self.out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), len(weight)
+        self.number = 1 + max(packed_layers, default=0)
+        packed_layers[self.number] = self
 
     def forward(self, x):
+        if torch.compiler.is_compiling():  # it knows no tensors in oneDNN's layout, but numbers
+            return packed_product(x, self.number, self.out)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+@torch.library.custom_op("smoltolk::packed_product", mutates_args=())
+def packed_product(x: Tensor, number: int, out: int) -> Tensor:
+    """x [..., in] -> [..., out], by the PackedLinear with this number. torch.compile calls it and does not look inside.
+    """
+    return packed_layers[number](x)
+
+
+@packed_product.register_fake
+def shape_of_packed_product(x, number, out):
+    return x.new_empty(*x.shape[:-1], out)
 
 
 class Int8Linear(nn.Module):
@@ -64,3 +93,13 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)  # [positions, out]
         return y.view(*x.shape[:-1], len(self.scale))
+
+
+class Together:
+    """Several linear layers as one: y = W x with their weights W stacked, and y split again."""
+
+    def __init__(self, layer, sizes):
+        self.layer, self.sizes = layer, sizes
+
+    def forward(self, x):
+        return self.layer(x).split(self.sizes, -1)

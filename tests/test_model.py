@@ -499,21 +499,24 @@ def test_real_weights_against_transformers(smollm2_folder):
         assert float(ours.text_nll.mean().exp()) == pytest.approx(float(theirs.loss.exp()), rel=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("B, T, H, H_kv", [(1, 1024, 9, 3), (2, 300, 4, 4), (2, 513, 6, 2)])
-def test_attention_in_blocks(B, T, H, H_kv, monkeypatch):
+def test_attention_in_blocks(B, T, H, H_kv, masked, monkeypatch):
     """Values and gradients in bfloat16 against float64, also where the last block is short."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, T, heads, 64).bfloat16().requires_grad_() for heads in (H, H_kv, H_kv))
-    direction = torch.randn(B, T, H, 64)
+    direction, causal = torch.randn(B, T, H, 64), torch.ones(T, T, dtype=torch.bool).tril()
+    mask = causal & (torch.rand(B, T, T) < 0.3) | torch.eye(T, dtype=torch.bool) if masked else None
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in exact), is_causal=True, enable_gqa=True)
+    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in exact), mask[:, None] if masked else causal,
+                                       enable_gqa=True)
     y.transpose(1, 2).backward(direction.double())
     called, blocks = [], smoltolk.attend_in_blocks
     monkeypatch.setattr(smoltolk, "attend_in_blocks", lambda *args: called.append(1) or blocks(*args))
-    ours = smoltolk.attend(q, k, v)
+    ours = smoltolk.attend(q, k, v, mask)
     ours.backward(direction.bfloat16())
     assert called and ours.shape == q.shape
     for a, b in zip((ours.transpose(1, 2), q.grad, k.grad, v.grad), (y, *(t.grad for t in exact))):
         assert (a.double() - b).norm() / b.norm() < 0.01
-    for other in (q.float(), q[:, :255]):
-        assert not smoltolk.can_use_blocks(other)
+    for other in (q.float(), q[:, :255], q[:, 1:]):  # float32, too short, with a cache
+        assert not smoltolk.can_use_blocks(other, other if other.size(1) < T - 1 else k)

@@ -6,7 +6,7 @@ import torch
 from test_sample import collect
 
 import sample
-from model import Config, SmolTolk
+from model import Config, Layer, SmolTolk
 from runtime import packing
 from runtime.packing import Int8Linear, PackedLinear, can_pack, pack_weights
 
@@ -31,21 +31,34 @@ def logits(model):
 
 @needs_packing
 @pytest.mark.parametrize("rows", [1, 512])
-def test_packed_weights_give_the_same(model, rows):
+def test_packed_weights_give_the_same(model, rows, monkeypatch):
+    """The same logits, and the same symbols, also when torch.compile takes the steps. It only traces here."""
+    codes, compile_of_torch = [], torch.compile
+
+    def backend(graph, inputs):
+        codes.append(graph.code)
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile_of_torch(f, backend=backend, **options))
     packed = copy.deepcopy(model)
     pack_weights(packed, rows)
-    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 6 * 5  # k_proj and v_proj are small
+    products = [product for layer in packed.modules() if isinstance(layer, Layer)
+                for product in (layer.self_attn.project.__self__.layer, layer.self_attn.o_proj,
+                                layer.mlp.project.__self__.layer, layer.mlp.down_proj)]
+    assert len(products) == 6 * 4 and all(isinstance(product, PackedLinear) for product in products)
+    assert not any(name.endswith("q_proj.weight") for name, _ in packed.named_parameters())  # kept only once
     torch.testing.assert_close(logits(packed), logits(model), rtol=1e-4, atol=1e-4)
     plan, openings = [("text", 9), ("speech", 8), ("text", 7)], [[1, 2, 3], [301, 302, 303, 321]]
     first = collect(model, openings, plan, lambda logits: logits.argmax(-1))
-    assert collect(packed, openings, plan, lambda logits: logits.argmax(-1)) == first
+    for compiled in (False, True):
+        assert collect(packed, openings, plan, lambda logits: logits.argmax(-1), compiled=compiled) == first
+    assert len(codes) == 2 and all("packed_product" in code for code in codes)
 
 
 def test_weights_in_8_bits(model):
     half = copy.deepcopy(model).bfloat16()
     int8 = copy.deepcopy(half)
     pack_weights(int8, 1, bits=8)
-    layer, weight = int8.model.layers[0].mlp.up_proj, half.model.layers[0].mlp.up_proj.weight.float()
+    layer, weight = int8.model.layers[0].mlp.down_proj, half.model.layers[0].mlp.down_proj.weight.float()
     assert isinstance(layer, Int8Linear) and layer.weight.dtype == torch.int8
     error = (layer.weight * layer.scale.float()[:, None] - weight).abs()
     assert (error <= weight.abs().amax(1, keepdim=True) / 127 * (0.5 + 0.5)).all()  # rounding, and the scale's in bf16
@@ -75,5 +88,6 @@ def test_talking_in_8_bits(monkeypatch, capsys):
                "--temperature=0", "--dtype=int8", "--device=cpu"]
     sample.main(command)
     assert "the crowd booed" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="dtype=int8: only on a CPU and without --compile"):
-        sample.main([*command, "--compile=true"])
+    monkeypatch.setattr(sample, "pick_device", lambda device: "mps")
+    with pytest.raises(SystemExit, match="dtype=int8: only on a CPU"):
+        sample.main(command)

@@ -63,6 +63,14 @@ def test_tables_hold_means_over_seeds_leads_and_p_values(tmp_path):
     assert float(list(csv.DictReader(open(tmp_path / "study.csv")))[7]["accuracy"]) == scores["ours"][1]
 
 
+@pytest.mark.parametrize("std", [1.0, 3.0, 6.5])
+def test_the_number_of_seeds_that_a_lead_needs(std):
+    """Made-up studies with so many seeds find a lead of 4 points in four of five cases, and those with fewer do not."""
+    rng, n = np.random.default_rng(0), study.seeds_needed(std)
+    found = [(ttest_1samp(rng.normal(4, std, (20_000, seeds)), 0, axis=1).pvalue < 0.05).mean() for seeds in (n, n - 1)]
+    assert found[0] > 0.79 and (n == 2 or found[1] < 0.81)
+
+
 def test_records_stand_for_finished_runs(tmp_path, started):
     """Tables come from the records alone. A run with a record is not made again, also not one with ties."""
     settings = [f"--out={tmp_path / 'runs'}", f"--results={tmp_path / 'kept'}", "--seeds=[1]"]

@@ -315,8 +315,7 @@ def bench_generate(c, other, world, folder):
     model = make_model(c, world).to(dtype).eval()
     backbone = [p for name, p in model.named_parameters() if not is_new(name)]
     weights = torch.ones(sum(p.numel() for p in backbone), device=device, dtype=dtype)
-    if not c.compile:
-        pack_weights(model, rows=1)  # as sample.py does
+    pack_weights(model, rows=1)  # as sample.py does
     ids = torch.randint(1, c.vocab_size, (1, PROMPT + NEW), device=device)
 
     def pick(logits):
@@ -333,7 +332,7 @@ def bench_generate(c, other, world, folder):
              "with a cache": Case([partial(with_cache, model, NEW)], NEW),
              "the first token": Case([partial(with_cache, model, 1)], 1),
              "without a cache": Case([without_cache], 1)}
-    if device.type == "cpu" and not c.compile:
+    if device.type == "cpu":
         int8 = make_model(c, world).bfloat16().eval()
         pack_weights(int8, rows=1, bits=8)
         cases["8-bit weights"] = Case([partial(with_cache, int8, NEW)], NEW)
