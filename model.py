@@ -250,15 +250,16 @@ def attend_in_blocks(q, k, v, mask=None, size=256):
     H_kv, group = k.size(2), H // k.size(2)
     if mask is None:
         mask = torch.ones(1, T, T, dtype=torch.bool, device=q.device).tril()             # causal
+    elif len(mask) > 1:
+        mask = mask.repeat_interleave(H_kv, 0)                                           # [B*H_kv, T, T]
     q = (q * head_dim ** -0.5).view(B, T, H_kv, group, head_dim).permute(0, 2, 3, 1, 4)  # [B, H_kv, group, T, head_dim]
     k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))                             # [B*H_kv, T, head_dim]
     blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
         block = q[:, :, :, start:end].reshape(B * H_kv, -1, head_dim)                    # [B*H_kv, group*n, head_dim]
-        bias = torch.zeros_like(mask[:, start:end, :end], dtype=q.dtype)                 # [1 or B, n, end]
-        bias = bias.masked_fill(~mask[:, start:end, :end], -torch.inf).repeat(1, group, 1)
-        bias = bias.repeat_interleave(len(block) // len(bias), 0)                        # [B*H_kv, group*n, end]
+        unseen = ~mask[:, start:end, :end]                                               # [1 or B*H_kv, n, end]
+        bias = torch.zeros_like(unseen, dtype=q.dtype).masked_fill(unseen, -torch.inf).repeat(1, group, 1)
         weights = torch.baddbmm(bias, block, k[:, :end].transpose(1, 2)).softmax(-1)     # [B*H_kv, group*n, end]
         blocks.append(torch.bmm(weights, v[:, :end]).view(B, H_kv, group, -1, head_dim))
     return torch.cat(blocks, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H, head_dim)
