@@ -192,7 +192,7 @@ def attend(q, k, v, mask=None, runs=None):
     """Attention: q [B, T, H, head_dim]; k, v [B, S, H_kv, head_dim] -> [B, T, H, head_dim].
 
     If runs (see Layout) are given, it is causal within each run. If a mask [1 or B, T, S] is given, positions attend
-    where it is true. Otherwise attention is causal.
+    where it is true; no position may attend to a later one. Otherwise attention is causal.
     """
     if runs is not None:
         return attend_runs(*(t.flatten(0, 1) for t in (q, k, v)), runs, q.size(1)).view(q.shape)
@@ -228,8 +228,9 @@ def attend_once(q, k, v, mask):
     each key once, not once a head, and takes a quarter of the time (docs/speed.md).
     """
     B, _, _, head_dim = q.shape
-    q, k, v = q.view(B, k.size(2), -1, head_dim), k.transpose(1, 2), v.transpose(1, 2)  # [B, H_kv, .., head_dim]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])                # [B, H_kv, H/H_kv, head_dim]
+    q = q.view(B, k.size(2), -1, head_dim)               # [B, H_kv, H/H_kv, head_dim]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)          # [B, H_kv, S, head_dim]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     return y.reshape(B, 1, -1, head_dim)
 
 
@@ -309,7 +310,7 @@ class MLP(nn.Module):
         return self.down(gate, up)
 
     def project(self, x):
-        """x [B, T, d] -> gate and up, each [B, T, intermediate_size]."""
+        """x [B, T, d] -> gate and up, each [B, T, intermediate_size]. runtime/packing.py makes it one product."""
         return self.gate_proj(x), self.up_proj(x)
 
     def down(self, gate, up):
@@ -422,7 +423,7 @@ class SmolTolk(nn.Module):
 
         In the first two the layer selector starts at zero, so that omega is the same for all layers. In "release" it
         begins with a few layers, because a trained backbone has large hidden states. Still, speech is learned fastest
-        from "release". docs/results.md compares the three.
+        from "release". docs/history.md compares the three.
         """
         for layer in [*self.input_adapter, *self.output_adapter]:
             if start == "identity":

@@ -5,6 +5,7 @@ oneDNN multiplies faster by a weight that it has laid out itself (docs/speed.md)
 read from memory, and in 8 bits they are a quarter as large as in float32. Layers that read the same input become one
 product.
 """
+import itertools
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 SMALL = 1 << 16  # weights with fewer numbers stay as they are, because packed ones take longer to call
 SAME_INPUT = dict(Attention=("q_proj", "k_proj", "v_proj"), MLP=("gate_proj", "up_proj"))  # see their project()
-packed_layers = WeakValueDictionary()  # {number: PackedLinear}
+packed_layers = WeakValueDictionary()  # {number: PackedLinear}; weak, so that a model can be freed
+numbers = itertools.count()
 
 
 def pack_weights(model, rows, bits=None):
-    """Replace the linear layers and the text head of a model on a CPU, in place. It can then no longer be trained.
+    """Replace the linear layers and the text head of a model on a CPU, in place. It can then only be used.
 
-    rows   how many positions are usually computed at once; the layout is chosen for it
+    rows   how many positions are usually computed at once; the layout is chosen for it, or for 16 if there are fewer
     bits   8: round each row of a weight to whole numbers from -127 to 127; the dtype of the model must be bfloat16
     Does nothing where torch has no such operations for this processor and dtype. ValueError if 8 bits are asked for.
     """
@@ -33,8 +35,8 @@ def pack_weights(model, rows, bits=None):
         return
     rows = max(rows, 16)  # the layout for 16 positions is no slower for one, and in float32 it is faster
     for module in [*model.modules()]:
-        names = SAME_INPUT.get(type(module).__name__)
-        weights = [module.get_submodule(name).weight for name in names or ()]
+        names = SAME_INPUT.get(type(module).__name__, ())
+        weights = [getattr(module, name).weight for name in names]
         if weights and sum(weight.numel() for weight in weights) >= SMALL:
             module.project = Together(packed(torch.cat(weights), rows), [len(weight) for weight in weights]).forward
             for name in names:
@@ -59,26 +61,26 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, rows):
         super().__init__()
-        self.weight, self.out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), len(weight)
-        self.number = 1 + max(packed_layers, default=0)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.out_features, self.number = len(weight), next(numbers)
         packed_layers[self.number] = self
 
     def forward(self, x):
-        if torch.compiler.is_compiling():  # it knows no tensors in oneDNN's layout, but numbers
-            return packed_product(x, self.number, self.out)
+        if torch.compiler.is_compiling():  # a graph cannot hold a weight in oneDNN's layout, so it holds a number
+            return packed_product(x, self.number, self.out_features)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
 @torch.library.custom_op("smoltolk::packed_product", mutates_args=())
-def packed_product(x: Tensor, number: int, out: int) -> Tensor:
+def packed_product(x: Tensor, number: int, out_features: int) -> Tensor:
     """x [..., in] -> [..., out], by the PackedLinear with this number. torch.compile calls it and does not look inside.
     """
     return packed_layers[number](x)
 
 
 @packed_product.register_fake
-def shape_of_packed_product(x, number, out):
-    return x.new_empty(*x.shape[:-1], out)
+def shape_of_packed_product(x, number, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 class Int8Linear(nn.Module):

@@ -51,7 +51,7 @@ def test_packed_weights_give_the_same(model, rows, monkeypatch):
     first = collect(model, openings, plan, lambda logits: logits.argmax(-1))
     for compiled in (False, True):
         assert collect(packed, openings, plan, lambda logits: logits.argmax(-1), compiled=compiled) == first
-    assert len(codes) == 2 and all("packed_product" in code for code in codes)
+    assert [code.count(".packed_product") for code in codes] == [2 * 4 + 1, 6 * 4]  # a text step, with its head; speech
 
 
 def test_weights_in_8_bits(model):
@@ -60,10 +60,16 @@ def test_weights_in_8_bits(model):
     pack_weights(int8, 1, bits=8)
     layer, weight = int8.model.layers[0].mlp.down_proj, half.model.layers[0].mlp.down_proj.weight.float()
     assert isinstance(layer, Int8Linear) and layer.weight.dtype == torch.int8
+    assert isinstance(int8.model.layers[0].self_attn.project.__self__.layer, Int8Linear)
     error = (layer.weight * layer.scale.float()[:, None] - weight).abs()
     assert (error <= weight.abs().amax(1, keepdim=True) / 127 * (0.5 + 0.5)).all()  # rounding, and the scale's in bf16
     ours, theirs = logits(int8), logits(half)
     assert not torch.equal(ours, theirs) and (ours - theirs).norm() / theirs.norm() < 0.03
+
+
+def is_unchanged(model):
+    return not any(isinstance(module, PackedLinear) or vars(module).keys() & {"project", "text_logits"}
+                   for module in model.modules())
 
 
 def test_where_nothing_is_packed(model, monkeypatch):
@@ -73,21 +79,25 @@ def test_where_nothing_is_packed(model, monkeypatch):
     half = copy.deepcopy(model).half()
     for unchanged in (small, half):
         pack_weights(unchanged, 1)
-        assert not any(isinstance(module, PackedLinear) for module in unchanged.modules())
-        assert "text_logits" not in vars(unchanged)
+        assert is_unchanged(unchanged)
     monkeypatch.setattr(packing, "can_pack", lambda dtype: False)
     pack_weights(model, 1)
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert is_unchanged(model)
     with pytest.raises(ValueError, match="int8: only on a CPU"):
         pack_weights(copy.deepcopy(model), 1, bits=8)
 
 
 def test_talking_in_8_bits(monkeypatch, capsys):
+    """Eager and compiled, which only traces here, also where threads are shared with other programs."""
     box = sample.__file__.replace("sample.py", "assets/tiny")
     command = [f"--checkpoint={box}/smoltolk", f"--prompt={box}/stories/29-opening.flac", f"--units={box}/units",
                "--temperature=0", "--dtype=int8", "--device=cpu"]
-    sample.main(command)
-    assert "the crowd booed" in capsys.readouterr().out
+    compile_of_torch = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile_of_torch(f, backend="eager", **options))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for option in ("--compile=false", "--compile=true"):
+        sample.main([*command, option])
+        assert "the crowd booed" in capsys.readouterr().out
     monkeypatch.setattr(sample, "pick_device", lambda device: "mps")
     with pytest.raises(SystemExit, match="dtype=int8: only on a CPU"):
         sample.main(command)

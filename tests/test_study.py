@@ -63,12 +63,23 @@ def test_tables_hold_means_over_seeds_leads_and_p_values(tmp_path):
     assert float(list(csv.DictReader(open(tmp_path / "study.csv")))[7]["accuracy"]) == scores["ours"][1]
 
 
-@pytest.mark.parametrize("std", [1.0, 3.0, 6.5])
+@pytest.mark.parametrize("std", [0.3, 1.0, 3.0, 6.5])
 def test_the_number_of_seeds_that_a_lead_needs(std):
     """Made-up studies with so many seeds find a lead of 4 points in four of five cases, and those with fewer do not."""
     rng, n = np.random.default_rng(0), study.seeds_needed(std)
-    found = [(ttest_1samp(rng.normal(4, std, (20_000, seeds)), 0, axis=1).pvalue < 0.05).mean() for seeds in (n, n - 1)]
-    assert found[0] > 0.79 and (n == 2 or found[1] < 0.81)
+    found = [(ttest_1samp(rng.normal(4, std, (20_000, seeds)), 0, axis=1).pvalue < 0.05).mean()
+             for seeds in (n, n - 1) if seeds > 1]
+    assert found[0] > 0.79 and all(share < 0.81 for share in found[1:])
+    assert n == {0.3: 2, 1.0: 3, 3.0: 7, 6.5: 23}[std]
+
+
+def test_leads_that_are_equal_for_all_seeds():
+    """Equal up to rounding: 20 of 500 items each."""
+    theirs = [np.arange(500) < right for right in (300, 413, 262)]
+    ours = [np.arange(500) < right for right in (320, 433, 282)]
+    for first, second, mean, p in ((ours, theirs, 4, 0), (ours, ours, 0, 1)):
+        cell = study.lead(first, second)
+        assert cell["mean"] == pytest.approx(mean) and cell["p_seeds"] == p and cell["seeds_needed"] is None
 
 
 def test_records_stand_for_finished_runs(tmp_path, started):
