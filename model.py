@@ -448,6 +448,8 @@ class SmolTolk(nn.Module):
         that DistributedDataParallel can send its gradients while the next layer is computed. When the number of rows
         changes, torch compiles a second time, and that graph serves any number of rows.
         """
+        # Frozen or trained, with a mask or without, one number of rows or any: more than the 8 graphs that are allowed.
+        torch._dynamo.config.recompile_limit = 32
         for module in self.modules():
             if isinstance(module, Layer):
                 module.compiled = torch.compile(module.forward)
