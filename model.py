@@ -272,8 +272,8 @@ def attend_in_blocks(q, k, v, mask=None, size=256):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        d, self.heads, self.kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        d_kv = d // self.heads * self.kv_heads
+        d, self.heads = config.hidden_size, config.num_attention_heads
+        d_kv = d // self.heads * config.num_key_value_heads
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, d_kv, bias=False)
         self.v_proj = nn.Linear(d, d_kv, bias=False)

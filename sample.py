@@ -313,7 +313,7 @@ def main(argv):
         raise SystemExit(str(error)) from None
     model = model.to(device, torch.bfloat16 if c.dtype == "int8" else getattr(torch, c.dtype)).eval()
     pack_weights(model, rows=len(openings), bits=8 if c.dtype == "int8" else None)
-    if not c.compile:  # which cannot look at what other programs do between two steps
+    if not c.compile:  # torch.compile cannot trace the hook that looks for busy cores
         share_cores(model)
     talk(c, model, openings, plan, tokenizer, vocabulary, vocoder)
 

@@ -37,7 +37,7 @@ def pack_weights(model, rows, bits=None):
     for module in [*model.modules()]:
         names = SAME_INPUT.get(type(module).__name__, ())
         weights = [getattr(module, name).weight for name in names]
-        if weights and sum(weight.numel() for weight in weights) >= SMALL:
+        if sum(weight.numel() for weight in weights) >= SMALL:
             module.project = Together(packed(torch.cat(weights), rows), [len(weight) for weight in weights]).forward
             for name in names:
                 delattr(module, name)

@@ -306,14 +306,14 @@ def lead(ours, theirs):
     return cell | dict(seeds=len(differences), p_seeds=p_seeds, p_items=p_items, seeds_needed=needed)
 
 
-def seeds_needed(std, lead=SMALL_LEAD, power=0.8, level=0.05):
-    """How many seeds a study needs to find a lead of this many points with this probability, in a paired t-test.
+def seeds_needed(std, points=SMALL_LEAD, power=0.8, level=0.05):
+    """How many seeds a study needs to find a lead of so many points with this probability, in a paired t-test.
 
     std: the standard deviation of the lead over seeds. The t statistic then has a noncentral t distribution.
     """
     for n in itertools.count(2):
         largest = stats.t.ppf(1 - level / 2, n - 1)
-        if stats.nct.sf(largest, n - 1, lead / std * n ** 0.5) >= power:
+        if stats.nct.sf(largest, n - 1, points / std * n ** 0.5) >= power:
             return n
 
 
@@ -375,7 +375,7 @@ def as_markdown(rows, before):
               "(would others, with these very models?).", ""]
     lines += report.markdown_table(["the lead of", "over", *report.SETTINGS], *leads)
     lines += [f"So many seeds find a lead of {SMALL_LEAD} points in four of five studies (paired t-test, p < 0.05), if "
-              "leads vary from seed to seed as they do here. Five seeds give this number within a factor of eight.", ""]
+              "leads vary from seed to seed as they do here. The number is rough, because few seeds show this.", ""]
     lines += report.markdown_table(["the lead of", "over", *report.SETTINGS], *needed)
     return "\n".join(lines)
 
