@@ -312,7 +312,10 @@ def main(argv):
     except (ValueError, RuntimeError) as error:  # RuntimeError: a package is missing
         raise SystemExit(str(error)) from None
     model = model.to(device, torch.bfloat16 if c.dtype == "int8" else getattr(torch, c.dtype)).eval()
-    pack_weights(model, rows=len(openings), bits=8 if c.dtype == "int8" else None)
+    if c.compile and device == "cpu" and len(openings) > 1:
+        print("compile: on a CPU it only speeds up a single prompt; going on without it", file=sys.stderr)
+        c.compile = False
+    pack_weights(model, rows=len(openings), bits=8 if c.dtype == "int8" else None, compiled=c.compile)
     if not c.compile:  # torch.compile cannot trace the hook that looks for busy cores
         share_cores(model)
     talk(c, model, openings, plan, tokenizer, vocabulary, vocoder)

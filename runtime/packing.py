@@ -1,35 +1,37 @@
 """
-Faster matrix products on a CPU, for inference: weights in the layout that its kernels like, or in 8 bits.
+Faster matrix products on a CPU, for inference (docs/speed.md).
 
-oneDNN multiplies faster by a weight that it has laid out itself (docs/speed.md). For each new token all weights are
-read from memory, and in 8 bits they are a quarter as large as in float32. Layers that read the same input become one
-product.
+Each new token needs all weights, and reading them from memory takes most of its time. So layers that read the same
+input become one product, and the weights of a product are kept in one of three ways:
+    PackedLinear     in the layout that oneDNN's kernels like
+    StreamedLinear   as they are, for steps of one position that torch.compile takes
+    Int8Linear       in 8 bits, a quarter of the size in float32
 """
-import itertools
-from weakref import WeakValueDictionary
-
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
 
 SMALL = 1 << 16  # weights with fewer numbers stay as they are, because packed ones take longer to call
 SAME_INPUT = dict(Attention=("q_proj", "k_proj", "v_proj"), MLP=("gate_proj", "up_proj"))  # see their project()
-packed_layers = WeakValueDictionary()  # {number: PackedLinear}; weak, so that a model can be freed
-numbers = itertools.count()
 
 
-def pack_weights(model, rows, bits=None):
+def pack_weights(model, rows, bits=None, compiled=False):
     """Replace the linear layers and the text head of a model on a CPU, in place. It can then only be used.
 
-    rows   how many positions are usually computed at once; the layout is chosen for it, or for 16 if there are fewer
-    bits   8: round each row of a weight to whole numbers from -127 to 127; the dtype of the model must be bfloat16
+    rows      how many positions are usually computed at once; the layout is chosen for it, or for 16 if there are fewer
+    bits      8: round each row of a weight to whole numbers from -127 to 127; the dtype of the model must be bfloat16
+    compiled  whether torch.compile takes the steps, of one position each
     Does nothing where torch has no such operations for this processor and dtype. ValueError if 8 bits are asked for.
     """
     weight = model.model.embed_tokens.weight
+    is_on_cpu = weight.device.type == "cpu"
     if bits == 8:
-        if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        if not is_on_cpu or weight.dtype != torch.bfloat16:
             raise ValueError("int8: only on a CPU; choose float32, bfloat16 or float16")
         packed = Int8Linear
-    elif weight.device.type == "cpu" and can_pack(weight.dtype):
+    elif is_on_cpu and compiled:
+        packed = StreamedLinear
+    elif is_on_cpu and can_pack(weight.dtype):
         packed = PackedLinear
     else:
         return
@@ -62,25 +64,26 @@ class PackedLinear(nn.Module):
     def __init__(self, weight, rows):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        self.out_features, self.number = len(weight), next(numbers)
-        packed_layers[self.number] = self
 
     def forward(self, x):
-        if torch.compiler.is_compiling():  # a graph cannot hold a weight in oneDNN's layout, so it holds a number
-            return packed_product(x, self.number, self.out_features)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
-@torch.library.custom_op("smoltolk::packed_product", mutates_args=())
-def packed_product(x: Tensor, number: int, out_features: int) -> Tensor:
-    """x [..., in] -> [..., out], by the PackedLinear with this number. torch.compile calls it and does not look inside.
+class StreamedLinear(nn.Module):
+    """y = W x with W [out, in], as a sum. torch.compile makes it one loop over W, from its first number to its last.
+
+    For one position this loop reads memory faster than oneDNN's kernels do, and it is fused with what surrounds it.
     """
-    return packed_layers[number](x)
 
+    def __init__(self, weight, rows):
+        super().__init__()
+        self.weight = weight.detach()
 
-@packed_product.register_fake
-def shape_of_packed_product(x, number, out_features):
-    return x.new_empty(*x.shape[:-1], out_features)
+    def forward(self, x):
+        if not torch.compiler.is_compiling() or x.numel() > x.size(-1):  # the prompt
+            return F.linear(x, self.weight)
+        y = (self.weight.float() * x.flatten().float()).sum(-1)  # [out]
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class Int8Linear(nn.Module):

@@ -8,7 +8,7 @@ from test_sample import collect
 import sample
 from model import Config, Layer, SmolTolk
 from runtime import packing
-from runtime.packing import Int8Linear, PackedLinear, can_pack, pack_weights
+from runtime.packing import Int8Linear, PackedLinear, StreamedLinear, can_pack, pack_weights
 
 CONFIG = Config(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=1, n_units=20)
@@ -29,29 +29,45 @@ def logits(model):
         return torch.cat([model.text_logits(out.text)[0], model.speech_logits(out.speech)[0]], dim=1).float()
 
 
+def products(model):
+    """The modules that multiply in all layers."""
+    return [product for layer in model.modules() if isinstance(layer, Layer)
+            for product in (layer.self_attn.project.__self__.layer, layer.self_attn.o_proj,
+                            layer.mlp.project.__self__.layer, layer.mlp.down_proj)]
+
+
+def most_likely(logits):
+    return logits.argmax(-1)
+
+
 @needs_packing
 @pytest.mark.parametrize("rows", [1, 512])
-def test_packed_weights_give_the_same(model, rows, monkeypatch):
-    """The same logits, and the same symbols, also when torch.compile takes the steps. It only traces here."""
-    codes, compile_of_torch = [], torch.compile
-
-    def backend(graph, inputs):
-        codes.append(graph.code)
-        return graph
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile_of_torch(f, backend=backend, **options))
+def test_packed_weights_give_the_same(model, rows):
     packed = copy.deepcopy(model)
     pack_weights(packed, rows)
-    products = [product for layer in packed.modules() if isinstance(layer, Layer)
-                for product in (layer.self_attn.project.__self__.layer, layer.self_attn.o_proj,
-                                layer.mlp.project.__self__.layer, layer.mlp.down_proj)]
-    assert len(products) == 6 * 4 and all(isinstance(product, PackedLinear) for product in products)
+    assert [type(product) for product in products(packed)] == [PackedLinear] * 6 * 4
     assert not any(name.endswith("q_proj.weight") for name, _ in packed.named_parameters())  # kept only once
     torch.testing.assert_close(logits(packed), logits(model), rtol=1e-4, atol=1e-4)
     plan, openings = [("text", 9), ("speech", 8), ("text", 7)], [[1, 2, 3], [301, 302, 303, 321]]
-    first = collect(model, openings, plan, lambda logits: logits.argmax(-1))
-    for compiled in (False, True):
-        assert collect(packed, openings, plan, lambda logits: logits.argmax(-1), compiled=compiled) == first
-    assert [code.count(".packed_product") for code in codes] == [2 * 4 + 1, 6 * 4]  # a text step, with its head; speech
+    assert collect(packed, openings, plan, most_likely) == collect(model, openings, plan, most_likely)
+
+
+def test_compiled_steps_sum_the_products(model, monkeypatch):
+    """The same symbols. The graph of a step has a sum in place of each product; torch.compile only traces here."""
+    graphs, compile_of_torch = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile_of_torch(f, backend=backend, **options))
+    streamed = copy.deepcopy(model)
+    pack_weights(streamed, 1, compiled=True)
+    assert [type(product) for product in products(streamed)] == [StreamedLinear] * 6 * 4
+    torch.testing.assert_close(logits(streamed), logits(model), rtol=1e-4, atol=1e-4)
+    plan, openings = [("text", 9), ("speech", 8), ("text", 7)], [[1, 2, 3]]
+    expected = collect(model, openings, plan, most_likely)
+    assert collect(streamed, openings, plan, most_likely, compiled=True) == expected
+    assert [graph.count(".sum(-1)") for graph in graphs] == [2 * 4 + 1, 6 * 4]  # a text step, with its head; speech
 
 
 def test_weights_in_8_bits(model):
@@ -98,6 +114,9 @@ def test_talking_in_8_bits(monkeypatch, capsys):
     for option in ("--compile=false", "--compile=true"):
         sample.main([*command, option])
         assert "the crowd booed" in capsys.readouterr().out
+    sample.main([*command, "--prompt=Anna", "--compile=true"])
+    printed = capsys.readouterr()
+    assert "the crowd booed" in printed.out and "only speeds up a single prompt" in printed.err
     monkeypatch.setattr(sample, "pick_device", lambda device: "mps")
     with pytest.raises(SystemExit, match="dtype=int8: only on a CPU"):
         sample.main(command)

@@ -315,7 +315,7 @@ def bench_generate(c, other, world, folder):
     model = make_model(c, world).to(dtype).eval()
     backbone = [p for name, p in model.named_parameters() if not is_new(name)]
     weights = torch.ones(sum(p.numel() for p in backbone), device=device, dtype=dtype)
-    pack_weights(model, rows=1)  # as sample.py does
+    pack_weights(model, rows=1, compiled=c.compile)  # as sample.py does
     ids = torch.randint(1, c.vocab_size, (1, PROMPT + NEW), device=device)
 
     def pick(logits):
