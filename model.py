@@ -546,43 +546,43 @@ class SmolTolk(nn.Module):
 
     def add_losses(self, out, targets, layout):
         """The Output with -ln p of each target. Each head is computed only at the positions where it has a target."""
-        targets, compiled = targets.flatten(), self.compiled_nll if self.training else None
+        V, targets = self.config.vocab_size, targets.flatten()
+        compiled = self.compiled_nll if self.training else None
         text = out.text.flatten(0, 1)[layout.text]
-        text_nll = nll(text, self.model.embed_tokens.weight, targets[layout.text], compiled)
+        text_nll = nll(text, self.text_logits, V, targets[layout.text], compiled)
         if layout.speech is None:
             return out._replace(text_nll=text_nll, speech_nll=text_nll.new_zeros(0))
-        units = targets[layout.speech] - self.config.vocab_size
         speech = out.speech.flatten(0, 1)[layout.speech]
-        speech_nll = nll(speech, self.speech_embed.weight[:-1], units, compiled)
+        speech_nll = nll(speech, self.speech_logits, self.config.n_units + 1, targets[layout.speech] - V, compiled)
         return out._replace(text_nll=text_nll, speech_nll=speech_nll)
 
     def text_logits(self, x):
         """x [..., d], from Output.text -> [..., vocab_size]."""
-        return F.linear(x, self.model.embed_tokens.weight)
+        weight = self.model.embed_tokens.weight
+        # For a parameter, but not for a view, autocast would keep a bf16 copy and sum its gradients in bf16.
+        return F.linear(x, weight.view_as(weight))
 
     def speech_logits(self, x):
         """x [..., d], from Output.speech -> [..., n_units + 1]: units and speech EOS, without the switch token."""
         return F.linear(x, self.speech_embed.weight[:-1])
 
 
-def nll(x, weight, targets, compiled=None):
-    """-ln p(target) in nats, p = softmax(W x): x [n, d], weight W [V, d], targets [n] -> fp32 [n].
+def nll(x, head, n_symbols, targets, compiled=None):
+    """-ln p(target) in nats, p = softmax(head(x)): x [n, d], head(x) [n, n_symbols], targets [n] -> fp32 [n].
 
     The logits are the largest tensors (n x 49152). If n is large, they are computed in pieces, and again in backward.
     compiled: torch.compile(nll_of_piece), or None.
     """
-    # For a parameter, but not for a view, autocast would keep a bf16 copy and sum its gradients in bf16.
-    weight = weight.view_as(weight)
     of_piece, at_once = (compiled, COMPILED_LOGITS_AT_ONCE) if compiled else (nll_of_piece, LOGITS_AT_ONCE)
-    size = max(1, at_once // len(weight))
+    size = max(1, at_once // n_symbols)
     if len(x) <= size:
-        return of_piece(x, weight, targets)
-    return torch.cat([checkpoint(of_piece, rows, weight, ids, use_reentrant=False, preserve_rng_state=False)
+        return of_piece(x, head, targets)
+    return torch.cat([checkpoint(of_piece, rows, head, ids, use_reentrant=False, preserve_rng_state=False)
                       for rows, ids in zip(x.split(size), targets.split(size))])
 
 
-def nll_of_piece(x, weight, targets):
-    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+def nll_of_piece(x, head, targets):
+    return F.cross_entropy(head(x).float(), targets, reduction="none")
 
 
 def selector_entropy(log_omega):
