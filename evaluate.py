@@ -32,7 +32,7 @@ from benchmarks.mmlu import score as score_mmlu
 from benchmarks.sblimp import score as score_sblimp
 from configurator import configure
 from data import open_source, sample
-from model import SmolTolk, count_parameters, from_pretrained, make_layout
+from model import SmolTolk, count_parameters, from_pretrained, make_layout, nll
 from runtime.checkpoint import demo_of, made_with, newest
 from runtime.distributed import ALONE, World, all_sum, join_world, leave_world, on_first
 from runtime.files import digest, find_files, read_json
@@ -77,6 +77,7 @@ protocol = dict(                 # how each task is scored; see benchmarks/__ini
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, str, list, dict)) and not k.startswith("_")}
 CHOICES = dict(score=("sum", "mean"), span=("continuation", "whole"), ties=("share", "wrong", "first"))
+ROW = 128  # positions of a row: a longer one shares more beginnings, but attention grows with the square of its length
 VALIDATION = 1 << 32  # stage number for drawing held-out sequences; no training stage has this number
 
 
@@ -84,42 +85,39 @@ VALIDATION = 1 << 32  # stage number for drawing held-out sequences; no training
 # scoring
 
 class Row(NamedTuple):
-    """The candidates of one item in one row: first their common beginning, then the rest of each."""
-    ids: list        # inputs
-    targets: list    # the next id where it is scored, else -1
-    branch: list     # 0 in the common beginning, 1, 2 .. in the rests; see model.Layout
-    scored: list     # (number of a candidate, positions in the row that predict its scored tokens)
+    """Sequences as a tree: a beginning that some of them share is read once."""
+    ids: list          # the inputs, each branch of the tree after the one before it
+    subtree_end: list  # the last position below each position; see SmolTolk.read
+    scored: list       # (number of a sequence, the positions that predict its scored tokens)
 
 
-def make_row(sequences, spans, numbers):
-    """The Row of some candidates, given their sequences of ids, spans (a, b) of tokens to score, and numbers.
+def make_rows(sequences, spans, numbers):
+    """The Rows of the sequences with these numbers. spans: (a, b) of each sequence, the tokens to score.
 
-    Example: the candidates 0 5 6 7 and 0 5 8 have 0 5 in common. The row is 0 | 5 6 | 5, with branch 0 | 1 1 | 2. Each
-    rest repeats the last common token, because the token after it differs. The beginning can be shared because no
-    position depends on later ones.
+    Example: 0 5 6 7, 0 5 8 9 and 0 8 2 become the ids 0 5 6 8 8 with subtree_end 4 3 2 3 4. The last token of each is
+    only predicted. Beginnings can be shared because no position depends on later ones.
     """
-    sequences = [list(sequence[:b]) for sequence, (_, b) in zip(sequences, spans)]
-    common = 0
-    while common < min(map(len, sequences)) and len({sequence[common] for sequence in sequences}) == 1:
-        common += 1
-    keep = max(0, common - 1)
-    row = Row(sequences[0][:keep], targets_from(min(a for a, _ in spans), sequences[0])[:keep], [0] * keep, [])
-    positions = {}  # of each distinct candidate; equal candidates are scored once, so that ties are exact
-    for sequence, (a, b), number in zip(sequences, spans, numbers):
-        key = tuple(sequence), a
-        if key not in positions:
-            start = len(row.ids)
-            row.ids.extend(sequence[keep:-1])
-            row.targets.extend(targets_from(a, sequence)[keep:])
-            row.branch.extend([len(positions) + 1] * (b - 1 - keep))
-            positions[key] = [*range(a - 1, keep), *range(start + max(0, a - 1 - keep), len(row.ids))]
-        row.scored.append((number, positions[key]))
-    return row
+    inputs = {number: list(sequences[number][:spans[number][1] - 1]) for number in numbers}
+    rows, path = [], []  # path: the positions of the sequence that was placed last
+    for number in sorted(numbers, key=inputs.get):  # neighbours share the longest beginnings
+        new = inputs[number]
+        shared = common_length(new, [rows[-1].ids[position] for position in path])
+        if not rows or len(rows[-1].ids) + len(new) - shared > ROW + 2 * shared:  # too long for what it saves
+            rows.append(Row([], [], []))
+            shared = 0
+        row = rows[-1]
+        path = [*path[:shared], *range(len(row.ids), len(row.ids) + len(new) - shared)]
+        row.ids.extend(new[shared:])
+        row.subtree_end.extend(path[shared:])
+        for position in path:
+            row.subtree_end[position] = len(row.ids) - 1
+        row.scored.append((number, path[spans[number][0] - 1:]))
+    return rows
 
 
-def targets_from(first, sequence):
-    """The token after each position but the last, or -1 if it comes before token `first`, the first to be scored."""
-    return [-1] * (first - 1) + sequence[first:]
+def common_length(a, b):
+    """How many elements two lists have in common at their beginnings."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def make_batches(rows, batch_tokens):
@@ -133,38 +131,40 @@ def make_batches(rows, batch_tokens):
     return batches
 
 
-def score_batch(model, rows):
-    """Log-likelihood of each scored target of the rows, float64 [B, T]; 0 elsewhere."""
-    B, T, config = len(rows), len(rows[0].ids), model.config
-    ids, targets = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
-    branch = (-1 - torch.arange(T)).repeat(B, 1)  # padding: each position is a separate branch
+def score_batch(model, rows, sequences, spans, speaks):
+    """{number: summed log-likelihood in nats} of the sequences in some rows. speaks: see SmolTolk.read."""
+    T, V, device = len(rows[0].ids), model.config.vocab_size, next(model.parameters()).device
+    ids, subtree_end = torch.zeros(len(rows), T, dtype=torch.long), torch.arange(T).repeat(len(rows), 1)
+    predicted, logp = {}, {}  # {number: [(flat position, next token), ..]}, and the log-likelihood of each such pair
     for r, row in enumerate(rows):
         n = len(row.ids)
-        ids[r, :n], targets[r, :n], branch[r, :n] = map(torch.tensor, (row.ids, row.targets, row.branch))
-    device = next(model.parameters()).device
-    ids, targets, branch = ids.to(device), targets.to(device), branch.to(device)
-    layout = make_layout(ids, targets, config)._replace(runs=None, branch=branch)
-    if max(ids.max(), targets.max()) < config.vocab_size:
-        layout = layout._replace(speech=None)
+        ids[r, :n], subtree_end[r, :n] = torch.tensor(row.ids), torch.tensor(row.subtree_end)
+        for number, positions in row.scored:
+            tokens = sequences[number][slice(*spans[number])]
+            predicted[number] = [(r * T + position, token) for position, token in zip(positions, tokens)]
+            logp |= dict.fromkeys(predicted[number], 0.0)  # 0 stays only for switch tokens
     with torch.inference_mode():
-        out = model(ids, targets, layout)
-    logp = torch.zeros(B * T, dtype=torch.double)
-    logp[layout.text.cpu()] = -out.text_nll.cpu().double()
-    if layout.speech is not None:
-        logp[layout.speech.cpu()] = -out.speech_nll.cpu().double()
-    return logp.view(B, T).numpy()
+        out = model.read(ids.to(device), subtree_end=subtree_end.to(device), speaks=speaks)
+        heads = ((out.text, model.text_logits, 0, V), (out.speech, model.speech_logits, V, model.config.n_units + 1))
+        for x, head, first, n_symbols in heads:
+            pairs = [(position, token) for position, token in logp if first <= token < first + n_symbols]
+            if pairs:
+                positions, tokens = torch.tensor(pairs, device=device).T
+                losses = nll(x.flatten(0, 1)[positions], head, n_symbols, tokens - first)
+                logp.update(zip(pairs, (-losses).tolist()))
+    return {number: sum(logp[pair] for pair in pairs) for number, pairs in predicted.items()}
 
 
-def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", world=ALONE, candidates=1):
+def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", world=ALONE):
     """Log-likelihood of one span of each sequence, given all tokens before it.
 
     sequences   lists of ids in the model's id space
     spans       (a, b) per sequence, 1 <= a < b: tokens a..b-1 are scored, except switch tokens
     progress    title of the progress bar; "": no bar
     world       the processes that share the work; each of them gets all results
-    candidates  how many consecutive sequences belong to one item; their common beginning is computed once
     Returns (summed log-likelihoods in nats, numbers of scored tokens), float64 and int64 [n]. They do not depend on the
-    other sequences in the batch. ValueError for an empty span or a sequence that is too long.
+    other sequences, and equal sequences score exactly equal. ValueError for an empty span or a sequence that is too
+    long.
     """
     config = model.config
     for i, (sequence, (a, b)) in enumerate(zip(sequences, spans)):
@@ -172,19 +172,16 @@ def log_likelihood(model, sequences, spans, batch_tokens=16384, progress="", wor
             raise ValueError(f"sequence {i}: nothing to score at tokens {a} to {b} of {len(sequence)}")
         if b - 1 > config.max_position_embeddings:
             raise ValueError(f"sequence {i}: {b - 1} positions, the model has {config.max_position_embeddings}")
-    text_rows, other_rows = [], []  # separate, because rows of text alone need no speech modules
-    for first in range(0, len(sequences), candidates):
-        item = slice(first, first + candidates)
-        row = make_row(sequences[item], spans[item], range(len(sequences))[item])
-        is_text = max(*row.ids, *row.targets) < config.vocab_size
-        (text_rows if is_text else other_rows).append(row)
-    batches = make_batches(text_rows, batch_tokens) + make_batches(other_rows, batch_tokens)
+    numbers = {False: [], True: []}  # {speaks: numbers}, because sequences of text alone need no speech modules
+    for number, (sequence, (_, b)) in enumerate(zip(sequences, spans)):
+        numbers[max(sequence[:b]) >= config.vocab_size].append(number)
+    batches = [(batch, speaks) for speaks in numbers
+               for batch in make_batches(make_rows(sequences, spans, numbers[speaks]), batch_tokens)]
     total = np.zeros(len(sequences))
     hide_bar = world.rank > 0 or not progress or None  # None: hidden unless this is a terminal
-    for batch in tqdm(batches[world.rank::world.size], progress, leave=False, disable=hide_bar):
-        for row, logp in zip(batch, score_batch(model, batch)):
-            for number, positions in row.scored:
-                total[number] = logp[positions].sum()
+    for rows, speaks in tqdm(batches[world.rank::world.size], progress, leave=False, disable=hide_bar):
+        for number, value in score_batch(model, rows, sequences, spans, speaks).items():
+            total[number] = value
     count = [sum(token != config.switch for token in sequence[a:b]) for sequence, (a, b) in zip(sequences, spans)]
     return all_sum(total, world).numpy(), np.array(count, np.int64)
 
@@ -204,7 +201,7 @@ def topic_cloze(model, cloze_set, batch_tokens=16384, items=None, stop=()):
             break
         protocol = DEFAULTS["protocol"]["topic_cloze"]
         sequences, spans = storycloze.story_sequences(stories, setting, protocol, model.config)
-        total, count = log_likelihood(model, sequences, spans, batch_tokens, candidates=2)
+        total, count = log_likelihood(model, sequences, spans, batch_tokens)
         right[setting] = report.right_by(total, count)["mean"]
     return right
 
@@ -256,9 +253,9 @@ class Evaluator:
     used: list = field(default_factory=list)   # the files that were read
     notes: dict = field(default_factory=dict)  # other facts for the results
 
-    def log_likelihood(self, sequences, spans, progress="", candidates=1):
+    def log_likelihood(self, sequences, spans, progress=""):
         return log_likelihood(self.model, sequences, spans, self.settings.batch_tokens, f"{self.task} {progress}",
-                              self.world, candidates)
+                              self.world)
 
 
 def score_windows(evaluator, sets, protocol):

@@ -166,12 +166,12 @@ def new_cache(model, start, length):
     return Cache(*stacks, is_speech, start.to(device), torch.zeros((), dtype=torch.long, device=device))
 
 
-def make_masks(is_speech, slots, branch=None, cache=None):
+def make_masks(is_speech, slots, subtree_end=None, cache=None):
     """Two attention masks, bool [1 or B, T, S]: one for backbone and output adapter, one for the input adapter.
 
     is_speech [B, T] and slots [T] describe the T positions that are read now. These positions can attend to S slots.
-    Without a cache, S = T. branch: see Layout. Every position attends to itself, because some kernels return NaN for a
-    fully masked row.
+    Without a cache, S = T. subtree_end: see SmolTolk.read. Every position attends to itself, because some kernels
+    return NaN for a fully masked row.
     """
     if cache is not None:
         is_speech = cache.is_speech.index_copy_(1, slots, is_speech)      # [B, S]
@@ -180,8 +180,8 @@ def make_masks(is_speech, slots, branch=None, cache=None):
     seen = (slot <= slots[:, None])[None]                                 # [1, T, S], causal
     if cache is not None:
         seen = seen & (slot >= cache.start[:, None, None])
-    if branch is not None:
-        seen = seen & ((branch[:, None] == 0) | (branch[:, None] == branch[..., None]))
+    if subtree_end is not None:
+        seen = seen & (slots[:, None] <= subtree_end[:, None])            # [B, T, T]
     seen = seen | itself
     # The run of speech at a position begins after the last slot without speech that the position can attend to.
     first = torch.where(seen & ~is_speech[:, None], slot + 1, 0).amax(-1, keepdim=True)
@@ -351,8 +351,6 @@ class Layout(NamedTuple):
     speech: Tensor | None    # the same for units and speech EOS; may be empty. None: the speech modules are skipped
     runs: Tensor | None = None    # int32, 0 and the cumulative lengths of all runs in the flattened batch;
                                   # FlashAttention uses them in place of a mask
-    branch: Tensor | None = None  # int64 [B, T], for rows that hold several sequences with a common beginning: 0 in
-                                  # the beginning, 1, 2 .. in the rests, which do not attend to each other
 
 
 class Output(NamedTuple):
@@ -464,32 +462,38 @@ class SmolTolk(nn.Module):
         layout   Layout, made here if it is not given
         cache    Cache of the positions before ids; the positions of ids are added to it
         """
-        is_branched = layout is not None and layout.branch is not None  # a row may be longer than each sequence in it
-        if ids.size(1) > self.rope.size(1) and not is_branched:
+        if ids.size(1) > self.rope.size(1):
             raise ValueError(f"{ids.size(1)} positions, the model has max_position_embeddings={self.rope.size(1)}")
         if targets is not None and layout is None:
             layout = make_layout(ids, targets, self.config)
         if layout is None:
             return self.read(ids, cache=cache)
-        out = self.read(ids, layout.runs, layout.branch, layout.speech is not None, cache)
+        out = self.read(ids, layout.runs, layout.speech is not None, cache)
         return out if targets is None else self.add_losses(out, targets, layout)
 
-    def read(self, ids, runs=None, branch=None, speaks=True, cache=None):
-        """The forward pass without losses -> Output. speaks=False skips the speech modules, for ids without speech."""
+    def read(self, ids, runs=None, speaks=True, cache=None, subtree_end=None):
+        """The forward pass without losses -> Output.
+
+        runs         see Layout
+        speaks       False: skip the speech modules, for ids without speech
+        cache        see forward()
+        subtree_end  int64 [B, T], for rows that hold several sequences as a tree, in which they share their beginnings:
+                     the last position that attends to each position. The row may be longer than the model has positions
+        """
         T, slots = ids.size(1), torch.arange(ids.size(1), device=ids.device)
         if cache is not None:
             slots = slots + cache.slot
             cache.slot.add_(T)
-        is_plain = cache is None and branch is None  # then the backbone has causal attention without a mask
+        is_plain = cache is None and subtree_end is None  # then the backbone has causal attention without a mask
         if not is_plain or not self.can_use_flash(ids):
             runs = None                         # a mask takes their place
         is_speech, positions, seen, within_run = find_speech(ids, self.config), slots[None], None, None
         if not is_plain or (speaks and self.input_adapter and runs is None):
-            seen, within_run = make_masks(is_speech, slots, branch, cache)
+            seen, within_run = make_masks(is_speech, slots, subtree_end, cache)
         if is_plain:
             seen = None
-        if branch is not None:                  # [B, T], the positions as if each sequence had a row to itself
-            positions = (seen.sum(-1) - 1).clamp(max=self.rope.size(1) - 1)  # padding may exceed the table
+        if subtree_end is not None:
+            positions = seen.sum(-1) - 1        # [B, T], as if each sequence had a row to itself
         rope = self.rope[:, positions, None]    # [2, 1 or B, T, 1, head_dim]
         pasts = [None] * 3 if cache is None else cache[:3]
 

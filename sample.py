@@ -51,7 +51,7 @@ vocoder = ""                   # folder of a vocoder, for HuBERT units
 out = "answer.wav"             # sound file for speech, .wav or .flac
 device = "auto"                # "cuda", "cpu", "mps", or "auto" for the best one available
 dtype = "float32"              # or "bfloat16", "float16", "int8" (8-bit weights, on a CPU): less memory, and faster
-compile = False                # torch.compile, on CUDA with CUDA graphs: starts up to a minute later, then is faster
+compile = False                # torch.compile: starts up to a minute later, then is faster; on a CPU for one prompt
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, float, str, list)) and not k.startswith("_")}
 

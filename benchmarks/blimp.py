@@ -34,7 +34,7 @@ def score(evaluator, folder, protocol):
     for pair in pairs:
         sequences += [start + encode(pair["good"]), start + encode(pair["bad"])]
     spans = [(1, len(sequence)) for sequence in sequences]
-    total, count = evaluator.log_likelihood(sequences, spans, candidates=2)
+    total, count = evaluator.log_likelihood(sequences, spans)
 
     measure, other = protocol["score"], OTHER_MEASURE[protocol["score"]]
     answers = right_by(total, count, protocol["ties"])

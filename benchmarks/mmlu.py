@@ -43,7 +43,7 @@ def score(evaluator, path, protocol):
         for choice in choices:
             sequences.append(context + choice)
             spans.append((len(context), len(context) + len(choice)))
-    total, count = evaluator.log_likelihood(sequences, spans, candidates=4)
+    total, count = evaluator.log_likelihood(sequences, spans)
 
     scores = total.reshape(-1, 4)  # [items, choices]
     characters = np.array([[len(choice) for choice in item["choices"]] for item in items])

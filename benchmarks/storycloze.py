@@ -164,7 +164,7 @@ def score_stories(evaluator, stories, protocol):
         if not (stories[0][0].keys() >= {*modalities} and (setting == "T" or evaluator.has_speech)):
             continue
         sequences, spans = story_sequences(stories, setting, protocol, evaluator.model.config, evaluator.settings.seed)
-        total, count = evaluator.log_likelihood(sequences, spans, setting, candidates=2)
+        total, count = evaluator.log_likelihood(sequences, spans, setting)
         answers = right_by(total, count, protocol["ties"])
         result[setting] = accuracy(answers[measure])
         evaluator.notes[f"{setting} by {other}"] = accuracy(answers[other])["accuracy"]

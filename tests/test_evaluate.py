@@ -49,26 +49,48 @@ def by_hand(model, sequence, span=None):
     return [float(logp[t - 1, sequence[t]]) for t in range(first, end) if sequence[t] != model.config.switch]
 
 
-@pytest.mark.parametrize("candidates", [1, 2, 4])
-def test_candidates_in_one_row_score_as_alone(candidates):
-    """Candidates share beginnings of any length. A row of theirs may be longer than the context of the model."""
-    model, rng = tiny_model(), np.random.default_rng(candidates)
+@pytest.mark.parametrize("siblings", [1, 2, 4])
+@pytest.mark.parametrize("row", [10, 60, 1000])
+def test_sequences_in_one_row_score_as_alone(siblings, row, monkeypatch):
+    """They share beginnings of any length. A row of theirs may be longer than the context of the model."""
+    monkeypatch.setattr(evaluate, "ROW", row)
+    model, rng = tiny_model(), np.random.default_rng(siblings)
     sequences, spans = [], []
     for _ in range(12):
         beginning = rng.integers(0, 62, 40).tolist()
-        for _ in range(candidates):
+        for _ in range(siblings):
             sequence = beginning[:rng.integers(0, 41)] + rng.integers(0, 62, rng.integers(2, 25)).tolist()
             first = int(rng.integers(1, len(sequence)))
             sequences.append(sequence)
             spans.append((first, int(rng.integers(first + 1, len(sequence) + 1))))
-    sequences += sequences[-1:] * candidates
-    spans += spans[-1:] * candidates
+    sequences += sequences[-1:] * siblings + [[1, 2], [1, 2, 3], [1, 2, 3, 4]]  # one begins as the other ends
+    spans += spans[-1:] * siblings + [(1, 2), (1, 3), (2, 4)]
     expected = [by_hand(model, sequence, span) for sequence, span in zip(sequences, spans)]
     for batch_tokens in (20, 1000):
-        total, count = evaluate.log_likelihood(model, sequences, spans, batch_tokens, candidates=candidates)
+        total, count = evaluate.log_likelihood(model, sequences, spans, batch_tokens)
         np.testing.assert_allclose(total, [sum(values) for values in expected], atol=1e-4)
         assert count.tolist() == [len(values) for values in expected]
-        assert len(set(total[-candidates:])) == 1  # equal candidates score exactly equal
+        assert len(set(total[-siblings - 3:-3])) == 1  # equal sequences score exactly equal
+
+
+def test_rows_read_each_beginning_once():
+    """Each sequence is found on its path, each beginning of a row once, and a full row is followed by another."""
+    sequences = [[0, 5, 6, 7], [0, 5, 8, 9], [0, 8, 2], [0, 5, 6, 7]]
+    [row] = evaluate.make_rows(sequences, [(1, 4), (2, 4), (1, 3), (3, 4)], range(4))
+    assert (row.ids, row.subtree_end) == ([0, 5, 6, 8, 8], [4, 3, 2, 3, 4])
+    assert sorted(row.scored) == [(0, [0, 1, 2]), (1, [1, 3]), (2, [0, 4]), (3, [2])]
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 3, rng.integers(2, 12)).tolist() for _ in range(300)]
+    spans = [(1, len(sequence)) for sequence in sequences]
+    rows = evaluate.make_rows(sequences, spans, range(300))
+    assert sum(len(row.ids) for row in rows) < sum(map(len, sequences)) / 2 and len(rows) > 1
+    for row in rows:
+        assert len(row.ids) <= evaluate.ROW + 2 * 10
+        paths = [[i for i in range(at + 1) if row.subtree_end[i] >= at] for at in range(len(row.ids))]
+        assert len({tuple(row.ids[i] for i in path) for path in paths}) == len(paths)
+        assert all(positions == paths[positions[-1]] for _, positions in row.scored)
+        assert all([row.ids[i] for i in positions] == sequences[number][:-1] for number, positions in row.scored)
+    assert sorted(number for row in rows for number, _ in row.scored) == [*range(300)]
 
 
 def test_scores_are_those_of_transformers(smollm2_folder):
@@ -78,7 +100,7 @@ def test_scores_are_those_of_transformers(smollm2_folder):
     texts = ["Who should Derek hug after shocking Richard?", "Who should Derek hug Richard after shocking?"]
     sequences = [[0, *tokenizer.encode(text)] for text in texts]
     ours, spans = from_pretrained(smollm2_folder).eval(), [(1, len(sequence)) for sequence in sequences]
-    total, _ = evaluate.log_likelihood(ours, sequences, spans, candidates=2)
+    total, _ = evaluate.log_likelihood(ours, sequences, spans)
     for sequence, score in zip(sequences, total):
         with torch.no_grad():
             logp = theirs(torch.tensor([sequence])).logits[0].log_softmax(-1)
@@ -105,16 +127,19 @@ class Known:
     def named_parameters(self):
         yield "model.norm.weight", torch.zeros(1_000_000)
 
-    def __call__(self, ids, targets, layout):
-        for row, branches in zip(ids.tolist(), layout.branch.tolist()):
-            read = {0: ()}  # {branch: the tokens so far}, see model.Layout
-            for token, number in zip(row, branches):
-                if number >= 0:  # no padding
-                    read[number] = (*read.get(number, read[0]), token)
-                    self.seen.add(read[number])
-        nll = self.nll(targets.flatten())
-        speech_nll = None if layout.speech is None else nll[layout.speech]
-        return SimpleNamespace(text_nll=nll[layout.text], speech_nll=speech_nll)
+    def read(self, ids, subtree_end, speaks):
+        for row, ends in zip(ids.tolist(), subtree_end.tolist()):
+            for at in range(len(row)):
+                self.seen.add(tuple(token for token, end in zip(row[:at + 1], ends) if end >= at))
+        nothing = torch.zeros(*ids.shape, 1)
+        return SimpleNamespace(text=nothing, speech=nothing)
+
+    def text_logits(self, targets):
+        """Not the logits but the NLL of these targets. The fixture replaces model.nll, which would call it."""
+        return self.nll(targets)
+
+    def speech_logits(self, targets):
+        return self.nll(targets + self.config.vocab_size)
 
 
 @pytest.fixture
@@ -157,6 +182,7 @@ def world(tmp_path, demo_folder, monkeypatch):
         return sum(values), sum(values) / len(values)
 
     monkeypatch.setattr(evaluate, "from_pretrained", lambda path: known)
+    monkeypatch.setattr(evaluate, "nll", lambda x, head, n_symbols, targets: head(targets))
     monkeypatch.setattr(evaluate, "pack_weights", lambda model, rows: None)  # these models have no weights
     for module in (sblimp, storycloze):
         monkeypatch.setattr(module, "hear_files", hear_units)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.backends.debugging import aot_eager
 
 import model as smoltolk
-from model import Config, Layout, SmolTolk, from_pretrained, make_layout, nll, save_pretrained, selector_entropy
+from model import Config, SmolTolk, from_pretrained, make_layout, nll, save_pretrained, selector_entropy
 
 TINY = Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
               num_key_value_heads=2, n_units=10, max_position_embeddings=64, initializer_range=0.2)
@@ -239,7 +239,7 @@ def test_layout_against_brute_force(longest, rows=4, length=60, seed=1):
             speech += [b * length + t] * (50 <= target < TINY.switch)
             starts += [b * length + t] * (t == 0 or kinds[t] != kinds[t - 1])
     layout, n = make_layout(inputs, targets, TINY), rows * length
-    assert (layout.text.tolist(), layout.speech.tolist(), layout.branch) == (text, speech, None)
+    assert (layout.text.tolist(), layout.speech.tolist()) == (text, speech)
     size = n // 32 if len(starts) <= n // 32 else n // 8 if len(starts) <= n // 8 else n
     assert layout.runs.tolist() == starts + [n] * (size + 1 - len(starts)) and layout.runs.dtype == torch.int32
 
@@ -277,21 +277,21 @@ def test_kernels_for_runs_agree_with_the_masks(monkeypatch, kernel):
 
 @pytest.mark.parametrize("overrides", ABLATIONS, ids=str)
 @torch.no_grad()
-def test_branches_of_a_row_are_sequences_of_their_own(overrides):
+def test_sequences_in_a_tree_are_read_as_alone(overrides):
     """Rows of sequences with a common beginning, or with none: each gets what it gets alone, wherever it stands."""
     m, rows = make(**overrides), [(25, [20, 1, 12]), (0, [30, 25, 20]), (10, [30, 6, 17, 7]), (64, [0])]
     T = 75  # more than the model has positions; a row is longer than each of its sequences
     ids, placed = torch.randint(0, 62, (len(rows), T)), []
-    branch = (-1 - torch.arange(T)).repeat(len(rows), 1)  # each position of the padding is a branch of its own
+    subtree_end = torch.arange(T).repeat(len(rows), 1)  # no position attends to one of the padding
     for row, (common, lengths) in enumerate(rows):
-        ids[row, :common], branch[row, :common], end = interleaved(1, common, seed=row)[0], 0, common
-        ids[row, max(0, common - 2):common] = 55
+        ids[row, :common], subtree_end[row, :common] = interleaved(1, common, seed=row)[0], common + sum(lengths) - 1
+        ids[row, max(0, common - 2):common], end = 55, common
         for number, n in enumerate(lengths, 1):
             start, end = end, end + n
-            ids[row, start:end], branch[row, start:end] = interleaved(1, n, seed=10 * row + number)[0], number
+            ids[row, start:end], subtree_end[row, start:end] = interleaved(1, n, seed=10 * row + number)[0], end - 1
             ids[row, start:min(end, start + number)] = 56  # the beginning's run of speech goes on
             placed.append((row, [*range(common), *range(start, end)]))
-    together = m(ids, layout=Layout(text=None, speech=torch.zeros(0), branch=branch))
+    together = m.read(ids, subtree_end=subtree_end)
     for row, positions in placed:
         alone = m(ids[row, positions][None])
         for ours, theirs in ((together.text, alone.text), (together.speech, alone.speech)):

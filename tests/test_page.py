@@ -63,7 +63,7 @@ def scores_of(name, numbers):
     stories, scores = storycloze.paired_stories(open_set(BOX / "cloze"), model.config, numbers), {}
     for setting in storycloze.MODALITIES:
         sequences, spans = storycloze.story_sequences(stories, setting, protocol, model.config)
-        total, count = log_likelihood(model, sequences, spans, 512, candidates=2)
+        total, count = log_likelihood(model, sequences, spans, 512)
         scores[setting] = (total / count).reshape(-1, 2)
     return scores
 

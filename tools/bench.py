@@ -302,7 +302,7 @@ def bench_score(c, other, world, folder):
     sentences[1::2, :8] = sentences[::2, :8]
     sequences, spans = [[0, *sentence] for sentence in sentences.tolist()], [(1, 13)] * 64
     batch_tokens = 512 if world.device.type == "cpu" else 16384  # the defaults of evaluate.py
-    in_batches = partial(log_likelihood, model, sequences, spans, batch_tokens, candidates=2)
+    in_batches = partial(log_likelihood, model, sequences, spans, batch_tokens)
     one_at_a_time = [partial(log_likelihood, model, [sequence], spans[:1]) for sequence in sequences[:16]]
     cases = {"in batches": Case([in_batches], 64), "one at a time": Case(one_at_a_time, 1)}
     return dict(sentences=measure("score", cases, c, world.device))
