@@ -77,7 +77,7 @@ protocol = dict(                 # how each task is scored; see benchmarks/__ini
 
 DEFAULTS = {k: v for k, v in globals().items() if isinstance(v, (int, str, list, dict)) and not k.startswith("_")}
 CHOICES = dict(score=("sum", "mean"), span=("continuation", "whole"), ties=("share", "wrong", "first"))
-ROW = 128  # positions of a row: a longer one shares more beginnings, but attention grows with the square of its length
+ROW = 160  # positions of a row: a longer one shares more beginnings, but attention grows with the square of its length
 VALIDATION = 1 << 32  # stage number for drawing held-out sequences; no training stage has this number
 
 
