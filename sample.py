@@ -18,6 +18,7 @@ import codecs
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from functools import partial
@@ -221,6 +222,10 @@ def check_settings(c):
         raise ValueError(f"dtype={c.dtype}: choose float32, bfloat16, float16 or int8")
     if c.dtype == "int8" and pick_device(c.device) != "cpu":
         raise ValueError("dtype=int8: only on a CPU; choose float32, bfloat16 or float16")
+    if c.compile and pick_device(c.device) == "cpu":
+        compilers = os.environ.get("CXX", "g++"), "clang++", "cl"  # of Linux, macOS and Windows
+        if not any(map(shutil.which, compilers)):
+            raise ValueError("compile=true: on a CPU it needs a C++ compiler; install g++, or leave it out")
     if Path(c.out).suffix.lower() not in (".wav", ".flac") or not Path(c.out).parent.is_dir():
         raise ValueError(f"out={c.out}: give a name that ends in .wav or .flac, in an existing folder")
 

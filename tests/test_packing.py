@@ -1,5 +1,6 @@
 """runtime/packing.py: the same model with packed weights, and with weights in 8 bits."""
 import copy
+import shutil
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_talking_in_8_bits(monkeypatch, capsys):
                "--temperature=0", "--dtype=int8", "--device=cpu"]
     compile_of_torch = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile_of_torch(f, backend="eager", **options))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for option in ("--compile=false", "--compile=true"):
         sample.main([*command, option])
@@ -117,6 +119,9 @@ def test_talking_in_8_bits(monkeypatch, capsys):
     sample.main([*command, "--prompt=Anna", "--compile=true"])
     printed = capsys.readouterr()
     assert "the crowd booed" in printed.out and "only speeds up a single prompt" in printed.err
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="needs a C.. compiler; install g"):
+        sample.main([*command, "--compile=true"])
     monkeypatch.setattr(sample, "pick_device", lambda device: "mps")
     with pytest.raises(SystemExit, match="dtype=int8: only on a CPU"):
         sample.main(command)
