@@ -102,7 +102,7 @@ def make_rows(sequences, spans, numbers):
     for number in sorted(numbers, key=inputs.get):  # neighbours share the longest beginnings
         new = inputs[number]
         shared = common_length(new, [rows[-1].ids[position] for position in path])
-        if not rows or len(rows[-1].ids) + len(new) - shared > ROW + 2 * shared:  # too long for what it saves
+        if not rows or len(rows[-1].ids) + len(new) - shared > ROW + 2 * shared:  # long rows only for long beginnings
             rows.append(Row([], [], []))
             shared = 0
         row = rows[-1]
